@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import inspect, io, math
 from copy import deepcopy
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np, torch
 from fastai.callback.schedule import combined_cos
@@ -93,7 +93,7 @@ def states(opt, params): return [dict(opt.state[p]) for p in params]
 
 def snapshot(opt, params):
     "A copy of everything that a step may change, and of the gradients"
-    return deepcopy(dict(params=[p.detach() for p in params], grads=[p.grad for p in params], states=states(opt, params),
+    return deepcopy(dict(params=[p.detach() for p in params], grads=[p.grad if p.grad is None else p.grad.detach() for p in params], states=states(opt, params),
                          hypers=[dict(h) for h in opt.hypers], **lookahead(opt)))
 
 def lookahead(opt):
@@ -105,7 +105,9 @@ def distance(a, b):
     "Greatest difference between two tensors in units of eps, relative to the greatest element; infinite if only one has a NaN somewhere"
     a, b = a.detach(), b.detach()
     assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
-    if not a.numel() or torch.equal(a, b): return 0.
+    assert a.layout == b.layout and a.device == b.device, (a.layout, b.layout, a.device, b.device)
+    if a.layout is not torch.strided: a, b = a.to_dense(), b.to_dense()
+    if not a.numel() or a.is_meta or torch.equal(a, b): return 0.
     if not torch.equal(a.isfinite(), b.isfinite()) or not torch.equal(a[~a.isfinite()].nan_to_num(), b[~b.isfinite()].nan_to_num()): return math.inf
     eps, (a, b) = torch.finfo(a.dtype).eps, (x[x.isfinite()].double() for x in (a, b))
     scale = max(float(a.abs().max()), torch.finfo(torch.float32).tiny) if a.numel() else 1.
@@ -124,7 +126,8 @@ def compare(a, b, path='', ratio_name='local_lr'):
     elif path.endswith(ratio_name): # native keeps a number or a tensor, as the case may be
         yield path, distance(*(torch.as_tensor(float(x), dtype=torch.float32) for x in (a, b)))
     elif isinstance(a, Tensor): yield path, distance(a, b)
-    else: assert a == b, f"{path}: {a} and {b}"
+    elif isinstance(a, np.ndarray): assert np.array_equal(a, b), path
+    else: assert a == b or (a != a and b != b), f"{path}: {a} and {b}"
 
 def assert_same(expected, got, tolerance=0.):
     "Two snapshots are equal but for `tolerance` units of eps in each tensor; the greatest distance"
