@@ -5,8 +5,9 @@
 # %% ../../nbs/benchmark.steps.ipynb #ea08d4cb
 from __future__ import annotations
 
-import gc, importlib.util, inspect, math, random, time
-from dataclasses import asdict, dataclass, field, fields
+import gc, importlib, inspect, math, random, time
+from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np, torch
 from fastai.torch_basics import *
@@ -19,10 +20,10 @@ from ..optimizer.core import OPTIMIZERS
 from ..optimizer.rules import rule_slots
 
 # %% auto #0
-__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'CONTESTANTS', 'COPY', 'WARM_UP', 'hypers_of', 'optimizer_name',
+__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'CONTESTANTS', 'COPY', 'WARM_UP', 'OURS', 'hypers_of', 'optimizer_name',
            'bytes_per_parameter', 'tensors_per_parameter', 'split_groups', 'group_lrs', 'Lacking', 'Contestant',
            'contestant_name', 'Stopwatch', 'race', 'Watcher', 'watch_calls', 'Result', 'summarize', 'Contest', 'choose',
-           'device_name', 'choose_backends', 'Benchmark']
+           'device_name', 'choose_backends', 'Benchmark', 'Recommendation', 'recommend']
 
 # %% ../../nbs/benchmark.steps.ipynb #047eca0f
 SETTINGS = dict(SGD=dict(mom=.9))
@@ -428,3 +429,43 @@ class Benchmark:
             self.results += contest.results()
             self.skipped.update({f'{n} ({contest.optimizer})': why for n,why in contest.skipped.items()})
             gc.collect()
+
+# %% ../../nbs/benchmark.steps.ipynb #45ccf18d
+OURS = ('native', 'foreach', 'jit', 'fused')
+
+@dataclass
+class Recommendation:
+    "The backends of an optimizer on one model, fastest first"
+    optimizer:str # Name of the optimizer
+    results:list # `Result` of each backend, fastest first
+    skipped:dict # Backends that could not run, and why
+
+    @property
+    def backend(self): return self.results[0].backend
+
+    @property
+    def flags(self): return {} if self.backend == 'native' else {self.backend: True}
+
+    @property
+    def opt_func(self): return getattr(fused, self.optimizer.lower())(**self.flags)
+
+    def __str__(self):
+        lines = [f"{r.backend:8} {r.ms:9.3f} ms {r.speedup:6.2f}x" for r in self.results] + [f"{n:8} cannot run: {why}" for n,why in self.skipped.items()]
+        args = ', '.join(f'{k}={v}' for k,v in self.flags.items())
+        return '\n'.join([f"Fastest on {self.results[0].model}: opt_func={self.optimizer.lower()}({args})", *lines])
+    __repr__ = __str__
+
+def recommend(
+    model:nn.Module|str|list, # A model, the name of one, or shapes of parameters
+    optimizer:str='Adam', # Name of the optimizer
+    seconds:float=3., # Time for measuring
+    groups:int=1, # Number of parameter groups
+    device:str=None, # Where to run; that of the model if not given
+    dtype:torch.dtype=None, # Of the parameters; that of the model if not given
+) -> Recommendation: # Prints as a table; `opt_func` is what to give to `Learner`
+    "Which backend is the fastest for this model on this machine? Measured on tensors of the same shapes: the model is not touched"
+    like = first(model.parameters()) if isinstance(model, nn.Module) else torch.zeros(0)
+    title = model_name(model) if isinstance(model, str) else type(model).__name__ if isinstance(model, nn.Module) else f'{len(model)} tensors'
+    contest = Contest(title, optimizer, OURS, groups, device or like.device, dtype or like.dtype, None if isinstance(model, str) else model)
+    results = contest.run(seconds)
+    return Recommendation(contest.optimizer, sorted(results, key=attrgetter('ms')), contest.skipped)

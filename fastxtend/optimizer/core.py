@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 import torch
 from fastai import optimizer as fai
 from fastai.optimizer import Optimizer, debias
 from fastai.torch_basics import *
+from operator import attrgetter, is_
 from torch import Tensor
 
 from . import rules
@@ -21,7 +21,7 @@ from .rules import SLOTS, rule_args, rule_slots
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'averaging_scalars', 'adam_scalars', 'lamb_scalars', 'qhadam_scalars', 'rectification', 'radam_scalars',
            'OptimizerSpec', 'spec_of', 'Batch', 'describe', 'check_params', 'check_batch', 'is_dense', 'find_entangled',
-           'FastOptimizer', 'copy_like', 'LookaheadMixin']
+           'FastOptimizer', 'distinct', 'repeats', 'copy_like', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #ae913054
 def averaging_scalars(mom=0., sqr_mom=0., **_):
@@ -245,11 +245,20 @@ class FastOptimizer(Optimizer):
         super().__init__(params, [], **defaults)
         check_params(self.param_lists)
         self.spec, self.decouple_wd, self.options = spec, decouple_wd, {**spec.options, **(options or {})}
-        self.has_mom, self._extents = defaults.get('mom', 0.) != 0., ([], [])
+        self.has_mom, self._memo = defaults.get('mom', 0.) != 0., {}
 
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._extents = [], []
+    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k != '_memo'}
+    def __setstate__(self, state): self.__dict__.update(state, _memo={})
+
+    def remember(self,
+        name:str, # What is remembered
+        f:callable, # A function of `lists` that changes nothing
+        *lists:list, # Its arguments, which nobody changes afterwards
+    ):
+        "`f(*lists)`, called only if an element of `lists` is not the same object as the last time"
+        known = self._memo.get(name)
+        if known is None or not all(map(_same, known[0], lists)): known = self._memo[name] = lists, f(*lists)
+        return known[1]
 
     @property
     def slot_names(self): return self.spec.slots(self.has_mom)
@@ -275,7 +284,28 @@ class FastOptimizer(Optimizer):
         "Step `batch`: each backend has its own"
         raise NotImplementedError
 
-# %% ../../nbs/optimizer.core.ipynb #f56d952f
+# %% ../../nbs/optimizer.core.ipynb #20a578f3
+def _same(a, b): return a is b or (len(a) == len(b) and all(map(is_, a, b)))
+
+def distinct(
+    *columns:list, # Lists of one length
+) -> tuple[list, list]: # Distinct rows, and which one of them each row is
+    "Number the distinct rows of `columns`"
+    rows = list(zip(*columns))
+    index = {row: i for i,row in enumerate(dict.fromkeys(rows))}
+    return list(index), [index[row] for row in rows]
+
+def repeats(
+    xs:list, # Any objects
+) -> list[int]:
+    "How many times each of `xs` occurs before in the list"
+    seen, res = defaultdict(int), []
+    for x in map(id, xs):
+        res.append(seen[x])
+        seen[x] += 1
+    return res
+
+# %% ../../nbs/optimizer.core.ipynb #2b1ca56f
 @patch
 def row(self:FastOptimizer,
     group:int, # Position of the group
@@ -290,39 +320,45 @@ def row(self:FastOptimizer,
     return row
 
 @patch
+def members(self:FastOptimizer) -> tuple[list, list]: # Parameters, and the position of the group of each
+    "All parameters except those that `freeze_to` froze"
+    lists = [list(pg) if i >= self.frozen_idx else [p for p in pg if p.requires_grad] for i,pg in enumerate(self.param_lists)]
+    return self.remember('members', lambda *lists: ([p for pg in lists for p in pg], [i for i,pg in enumerate(lists) for _ in pg]), *lists)
+
+@patch
+def states_of(self:FastOptimizer,
+    params:list, # Parameters
+) -> list[dict]:
+    "The state of each parameter"
+    return self.remember('states', lambda params, _: [self.state[p] for p in params], params, list(self.state.values()))
+
+@patch
 def gather(self:FastOptimizer) -> Batch:
     "Everything that steps now: what has a gradient, except what `freeze_to` froze"
-    params, grads, states, keys = [], [], [], []
-    counts = self.spec.counts_steps
-    for i,pg in enumerate(self.param_lists):
-        may_be_frozen = i < self.frozen_idx
-        for p in pg:
-            grad = p.grad
-            if grad is None or (may_be_frozen and not p.requires_grad): continue
-            state = self.state[p]
-            params.append(p); grads.append(grad); states.append(state)
-            keys.append((i, state.get('do_wd', True), state.get('step', 0) + 1 if counts else 0))
-    if len(set(map(id, params))) < len(params): keys = _count_repeats(params, keys)
-    index = {k: i for i,k in enumerate(dict.fromkeys(keys))}
-    return Batch(params, grads, states, [index[k] for k in keys], [self.row(*k) for k in index],
-                 {n: [s.get(n) for s in states] for n in self.slot_names})
+    params, groups = self.members()
+    grads = [p.grad for p in params]
+    if any(g is None for g in grads):
+        there = [i for i,g in enumerate(grads) if g is not None]
+        params, groups, grads = ([xs[i] for i in there] for xs in (params, groups, grads))
+    states = self.states_of(params)
+    do_wd = [s.get('do_wd', True) for s in states]
+    first, leads = 0, self.remember('repeats', repeats, params)
+    if self.spec.counts_steps and params:
+        steps = [s.get('step', 0) for s in states]
+        first = steps[0]
+        if steps.count(first) < len(steps): leads = [n - first + again for n,again in zip(steps, leads)]
+    keys, row_ids = self.remember('rows', distinct, groups, do_wd, leads)
+    rows = [self.row(group, wd, first + lead + 1) for group,wd,lead in keys]
+    return Batch(params, grads, states, row_ids, rows, {n: [s.get(n) for s in states] for n in self.slot_names})
 
-def _count_repeats(params, keys):
-    "A parameter listed twice takes two steps"
-    seen, res = defaultdict(int), []
-    for p,(group,do_wd,step) in zip(params, keys):
-        res.append((group, do_wd, step + seen[id(p)] if step else 0))
-        seen[id(p)] += 1
-    return res
-
-# %% ../../nbs/optimizer.core.ipynb #ed93bc73
+# %% ../../nbs/optimizer.core.ipynb #980461e8
 @patch
 def init_slots(self:FastOptimizer,
     batch:Batch, # Parameters about to step
 ):
     "Create the slots that are missing"
     for name,ts in batch.slots.items():
-        if any(t is None for t in ts): ts[:] = [_slot(s, name, p) for s,p in zip(batch.states, batch.params)]
+        if any(t is None for t in ts): batch.slots[name] = [_slot(s, name, p) for s,p in zip(batch.states, batch.params)]
 
 @patch
 def count_step(self:FastOptimizer,
@@ -353,11 +389,11 @@ def entangled(self:FastOptimizer,
     params:list, # Parameters
 ) -> list[int]:
     "`find_entangled`, remembered until an address changes"
-    addresses = list(map(Tensor.data_ptr, params))
-    if addresses != self._extents[0]: self._extents = addresses, find_entangled(params)
-    return self._extents[1]
+    known, addresses = self._memo.get('entangled'), list(map(Tensor.data_ptr, params))
+    if known is None or known[0] != addresses: known = self._memo['entangled'] = addresses, find_entangled(params)
+    return known[1]
 
-# %% ../../nbs/optimizer.core.ipynb #64386460
+# %% ../../nbs/optimizer.core.ipynb #2497534c
 @patch
 def state_dict(self:FastOptimizer) -> dict:
     "State of each parameter and hyperparameters of each group, in plain containers"
@@ -411,7 +447,7 @@ def copy_like(
                          "is it the state of another model?")
     return torch.zeros_like(p, requires_grad=False).copy_(value.detach())
 
-# %% ../../nbs/optimizer.core.ipynb #5adef21d
+# %% ../../nbs/optimizer.core.ipynb #7a245d7d
 class LookaheadMixin:
     "The slow weights of Lookahead (Zhang et al., 2019) for a `FastOptimizer`"
     def __init__(self, *args,

@@ -22,8 +22,8 @@ from .rules import SLOTS, compile_rule, rule_args, rule_row, rule_slots
 # %% auto #0
 __all__ = ['i64_ptr', 'f64_ptr', 'FORMATS', 'CHUNK', 'SERIAL', 'call_chunk', 'half_to_float', 'float_to_half', 'bits_to_float',
            'float_to_bits', 'bfloat_to_float', 'float_to_bfloat', 'same', 'Format', 'chunk_source', 'with_cache',
-           'compiled', 'driver', 'drive', 'make_chunks', 'call_describe', 'call_clear', 'compiled_probe', 'Tables',
-           'step_kernels', 'row_names']
+           'compiled', 'driver', 'drive', 'Chunks', 'call_describe', 'call_clear', 'compiled_probe', 'step_kernels',
+           'row_names']
 
 # %% ../../nbs/optimizer.cpu.ipynb #b7901467
 def _pointer_to(typ):
@@ -180,22 +180,22 @@ def compiled(
     exec(compile(chunk_source(rule, fmt, row, norms, name), __file__, 'exec'), env)
     return with_cache(lambda cache: cfunc(types.void(*[_i64]*5), cache=cache, error_model='numpy', fastmath=fastmath)(env[name]))
 
-# %% ../../nbs/optimizer.cpu.ipynb #8de7d116
+# %% ../../nbs/optimizer.cpu.ipynb #95379210
 CHUNK, SERIAL = 2**14, 2**16
 
-def _drive(fn, tensors, chunks, rows, row_ids, out):
-    n_tensors, row_size = tensors.shape[1]*8, rows.shape[1]*rows.itemsize
+def _drive(fn, table, chunks, rows, row_ids, out):
+    table_row, row_size = table.shape[1]*8, rows.shape[1]*rows.itemsize
     for c in prange(len(chunks)):
         t = chunks[c, 0]
-        call_chunk(fn, tensors.ctypes.data + t*n_tensors, chunks[c, 1], chunks[c, 2], rows.ctypes.data + row_ids[t]*row_size, out.ctypes.data + c*16)
+        call_chunk(fn, table.ctypes.data + t*table_row + 32, chunks[c, 1], chunks[c, 2], rows.ctypes.data + row_ids[t]*row_size, out.ctypes.data + c*16)
 
 @lru_cache(None)
 def driver(
     parallel:bool, # On all threads, or on one?
-    fmt:str, # dtype of the scalars
+    dtype:np.dtype, # Of the scalars
 ) -> callable:
     "The compiled `_drive`"
-    sig = types.void(_i64, _i64[:,::1], _i64[:,::1], getattr(types, fmt)[:,::1], _i64[::1], types.float64[:,::1])
+    sig = types.void(_i64, _i64[:,::1], _i64[:,::1], numba.from_dtype(dtype)[:,::1], _i64[::1], types.float64[:,::1])
     return with_cache(lambda cache: njit(sig, cache=cache, parallel=parallel, nogil=True, error_model='numpy')(_drive))
 
 _forked = False
@@ -208,31 +208,38 @@ _lock = threading.Lock()
 
 def drive(
     fn:int, # Address of a chunk function
-    tensors:np.ndarray, # Addresses of the tensors of each parameter: (parameters, tensors) of int64
-    chunks:np.ndarray, # Parameter, first element and number of elements of each chunk: (chunks, 3) of int64
+    table:np.ndarray, # The table of a `Probe`
+    chunks:Chunks, # What to do
     rows:np.ndarray, # Scalars: (rows, scalars)
     row_ids:np.ndarray, # Row of each parameter: (parameters,) of int64
-    out:np.ndarray=None, # Where a norms rule leaves its sums: (chunks, 2) of float64
+    out:np.ndarray=np.empty((0, 2)), # Where a norms rule leaves its sums: (chunks, 2) of float64
 ):
     "Call `fn` for all chunks, on as many threads as PyTorch uses"
-    if out is None: out = np.empty((1, 2))
+    args = fn, table, chunks.table, rows, row_ids, out
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    args = fn, tensors, chunks, rows, row_ids, out
-    if threads == 1 or _forked or chunks[:, 2].sum() < SERIAL: return driver(False, rows.dtype.name)(*args)
+    if chunks.total < SERIAL or threads == 1 or _forked: return driver(False, rows.dtype)(*args)
     with _lock:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
-        try: driver(True, rows.dtype.name)(*args)
+        try: driver(True, rows.dtype)(*args)
         finally: numba.set_num_threads(before)
 
-def make_chunks(
-    sizes:np.ndarray, # Number of elements of each parameter
-) -> np.ndarray: # Parameter, first element and number of elements: (chunks, 3) of int64
-    "Cut parameters into chunks of at most `CHUNK` elements"
-    counts = -(-sizes//CHUNK)
-    owner = np.repeat(np.arange(len(sizes)), counts)
-    start = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts))*CHUNK
-    return np.stack([owner, start, np.minimum(sizes[owner] - start, CHUNK)], 1).astype(np.int64)
+@dataclass(frozen=True)
+class Chunks:
+    "Parameters cut into chunks of at most `CHUNK` elements"
+    table:np.ndarray # Parameter, first element and number of elements of each chunk: (chunks, 3) of int64
+    total:int # Number of elements
+
+    @classmethod
+    def of(cls,
+        sizes:np.ndarray, # Number of elements of each parameter
+        idxs:np.ndarray, # Positions of the parameters to take
+    ):
+        sizes = sizes[idxs]
+        counts = -(-sizes//CHUNK)
+        nth = np.repeat(np.arange(len(idxs)), counts)
+        start = (np.arange(len(nth)) - np.repeat(np.cumsum(counts) - counts, counts))*CHUNK
+        return cls(np.stack([idxs[nth], start, np.minimum(sizes[nth] - start, CHUNK)], 1).astype(np.int64), int(sizes.sum()))
 
 # %% ../../nbs/optimizer.cpu.ipynb #a2bc8d40
 @intrinsic
@@ -252,16 +259,16 @@ def call_clear(typingctx, fn):
         return context.get_dummy_value()
     return types.void(_i64), codegen
 
-# %% ../../nbs/optimizer.cpu.ipynb #c2a86f97
-def _probe(describe, clear, objs, addresses, sizes, dtypes, devices, reasons):
+# %% ../../nbs/optimizer.cpu.ipynb #796dfe06
+def _probe(describe, clear, objs, table):
     first, other = np.empty(6, np.int64), np.empty(6, np.int64)
     for t in range(objs.shape[1]):
-        reasons[t] = _probe_one(describe, clear, objs[:, t], addresses[t], first, other)
-        if reasons[t] == 0:
-            sizes[t], devices[t] = 1, first[1]
-            for s in carray(i64_ptr(first[3]), first[2] & 0xffffffff): sizes[t] *= s
+        table[t, 0] = _probe_one(describe, clear, objs[:, t], table[t, 4:], first, other)
+        if table[t, 0] == OK:
+            size = 1
+            for s in carray(i64_ptr(first[3]), first[2] & 0xffffffff): size *= s
             code, bits = (first[2] >> 32) & 255, (first[2] >> 40) & 255
-            dtypes[t] = 3 if bits == 16 and code == 2 else 2 if bits == 16 else 1 if bits == 64 else 0
+            table[t, 1], table[t, 2], table[t, 3] = size, 3 if bits == 16 and code == 2 else 2 if bits == 16 else 1 if bits == 64 else 0, first[1]
 
 @njit(error_model='numpy')
 def _is_dense(shape, strides):
@@ -321,7 +328,7 @@ def compiled_probe() -> callable:
     "`_probe` bound to PyTorch's C function, or `None` if there is no such function"
     api, table = _exchange_api(), types.Array(_i64, 2, 'C')
     if api is None: return None
-    sig = types.void(_i64, _i64, table, table, *[_i64[::1]]*4)
+    sig = types.void(_i64, _i64, table, table)
     return partial(with_cache(lambda cache: njit(sig, cache=cache, error_model='numpy')(_probe)), *api)
 
 # %% ../../nbs/optimizer.cpu.ipynb #fae17c88
@@ -329,41 +336,29 @@ def _where(flag, a, b): return np.where(np.asarray(flag) != 0, a, b)
 
 _numpy_math = dict(sqrt=np.sqrt, exp=np.exp, log=np.log, where=_where)
 
-class Tables:
-    "Tables of a set of parameters that stay the same from step to step"
-    def __init__(self): self.sizes, self.chunks = None, None
-
-    def chunks_of(self, sizes):
-        "`make_chunks(sizes)`, remembered until a size changes"
-        if self.sizes is None or not np.array_equal(sizes, self.sizes): self.sizes, self.chunks = sizes, make_chunks(sizes)
-        return self.chunks
+_trust = lru_cache(None)(lambda trust: compile_rule(trust, _numpy_math))
 
 def step_kernels(
     rule:callable, # What to do
     norms:callable, # What to take norms of first, or `None`
     trust:callable, # Turns the sums of squares into the row's `ratio`, or `None`
     dtype:torch.dtype, # Of all tensors
-    addresses:np.ndarray, # Of parameters, gradients and slots: (parameters, tensors) of int64
-    sizes:np.ndarray, # Number of elements: (parameters,) of int64
+    table:np.ndarray, # The table of a `Probe`
+    chunks:Chunks, # What to do of it
     rows:list, # Dicts of scalars
     row_ids:np.ndarray, # Row of each parameter
-    tables:Tables, # Remembers the chunks
 ) -> np.ndarray|None: # The `ratio` of each parameter, if there are norms
-    "Step all parameters of one dtype"
-    fmt, chunks = FORMATS[dtype], tables.chunks_of(sizes)
-    names, trust_names = row_names(rule, trust), rule_args(trust)[2:] if trust else ()
+    "Step parameters of one dtype"
+    fmt, names = FORMATS[dtype], row_names(rule, trust)
     values = np.array([[row.get(n, 0.) for n in names] for row in rows])
-    if norms is None:
-        drive(compiled(rule, fmt, names).address, addresses, chunks, values.astype(fmt.numpy), row_ids)
-        return
-    sums = np.zeros((max(len(chunks), 1), 2))
-    drive(compiled(norms, fmt, names, norms=True).address, addresses, chunks, values.astype(fmt.numpy), row_ids, sums)
-    a_sqr, b_sqr = (np.bincount(chunks[:, 0], s[:len(chunks)], len(sizes)) for s in sums.T)
+    if norms is None: return drive(compiled(rule, fmt, names).address, table, chunks, values.astype(fmt.numpy), row_ids)
+    sums = np.zeros((len(chunks.table), 2))
+    drive(compiled(norms, fmt, names, norms=True).address, table, chunks, values.astype(fmt.numpy), row_ids, sums)
+    a_sqr, b_sqr = (np.bincount(chunks.table[:, 0], s, len(table)) for s in sums.T)
     values = values[row_ids]
-    with np.errstate(all='ignore'):
-        ratio = compile_rule(trust, _numpy_math)(a_sqr, b_sqr, *(values[:, names.index(n)] for n in trust_names))
+    with np.errstate(all='ignore'): ratio = _trust(trust)(a_sqr, b_sqr, *(values[:, names.index(n)] for n in rule_args(trust)[2:]))
     values[:, names.index('ratio')] = ratio
-    drive(compiled(rule, fmt, names).address, addresses, chunks, values.astype(fmt.numpy), np.arange(len(sizes)))
+    drive(compiled(rule, fmt, names).address, table, chunks, values.astype(fmt.numpy), np.arange(len(table)))
     return ratio
 
 @lru_cache(None)

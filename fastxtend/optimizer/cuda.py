@@ -249,21 +249,22 @@ class Tables:
     "What the kernels are told of a set of parameters of one dtype, kept on their device"
     def __init__(self,
         device:torch.device, # Of the parameters
-        sizes:np.ndarray, # Number of elements of each parameter: (parameters,) of int64
+        sizes:np.ndarray, # Number of elements of each of all parameters: (all parameters,) of int64
+        idxs:np.ndarray, # Positions of the parameters to take
     ):
-        self.device, self.sizes, self.captured = device, sizes, False
+        self.device, self.sizes, self.idxs, self.captured = device, sizes[idxs], idxs, False
         self.owners = self.memory = self.host = None
 
     @property
     def capturing(self): return self.device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
 
     def put(self,
-        addresses:np.ndarray, # Of parameters, gradients and slots: (parameters, tensors) of int64
-        row_ids:np.ndarray, # Row of each parameter: (parameters,) of int64
+        addresses:np.ndarray, # Of parameters, gradients and slots: (all parameters, tensors) of int64
+        row_ids:np.ndarray, # Row of each parameter: (all parameters,) of int64
         rows:np.ndarray, # Scalars: (rows, scalars) of the dtype to compute in
     ) -> tuple[Tensor, Tensor]: # `params` and `rows` of the kernels
         "Bring the tables on the device up to date, in one copy"
-        params = _bytes(np.concatenate([addresses, self.chunks, row_ids[:, None]], 1))
+        params = _bytes(np.concatenate([addresses[self.idxs], self.chunks, row_ids[self.idxs, None]], 1))
         host = np.concatenate([params, _bytes(rows)])
         if self.memory is None or len(host) != len(self.memory):
             if self.captured: raise RuntimeError(CHANGED)
@@ -292,24 +293,24 @@ def step_kernels(
     norms:callable, # What to take norms of first, or `None`
     trust:callable, # Turns the sums of squares into the row's `ratio`, or `None`
     dtype:torch.dtype, # Of all tensors
-    addresses:np.ndarray, # Of parameters, gradients and slots: (parameters, tensors) of int64
+    table:np.ndarray, # The table of a `Probe`
+    tables:Tables, # Of the parameters to step
     rows:list, # Dicts of scalars
-    row_ids:np.ndarray, # Row of each parameter: (parameters,) of int64
-    tables:Tables, # Of these parameters
+    row_ids:np.ndarray, # Row of each parameter
     launch:bool=True, # Launch the kernels, or only prepare the next replay of a CUDA graph?
-) -> Tensor|None: # The `ratio` of each parameter if there are norms: (parameters,) of `dtype`
-    "Step all parameters of one dtype and device, on the current stream of the device"
+) -> Tensor|None: # If there are norms, the `ratio` of each parameter that stepped, of dtype `dtype`
+    "Step parameters of one dtype and device, on the current stream of the device"
     fmt, names = FORMATS[dtype], row_names(rule, norms, trust)
     step, first = constants(rule, norms, trust, dtype)
     with torch.cuda.device(tables.device) if tables.device.type == 'cuda' else nullcontext():
         if tables.owners is None and tables.capturing: raise RuntimeError("Take a step before you capture one in a CUDA graph")
         if not (launch or tables.captured): raise RuntimeError(CHANGED)
         tables.cut(fmt, norms is not None)
-        params, values = tables.put(addresses, row_ids, np.array([[row[n] for n in names] for row in rows], _named(np, fmt.compute)))
+        params, values = tables.put(table[:, 4:], row_ids, np.array([[row[n] for n in names] for row in rows], _named(np, fmt.compute)))
         if not launch: return
         args, grid = (params, tables.owners, values, tables.partials), (len(tables.owners),)
         if norms: norms_kernel[grid](*args, **first, **OPTIONS)
-        ratios = torch.empty(len(addresses), dtype=dtype, device=tables.device) if norms else None
+        ratios = torch.empty(len(tables.sizes), dtype=dtype, device=tables.device) if norms else None
         step_kernel[grid](*args, ratios, **step, **OPTIONS)
     return ratios
 

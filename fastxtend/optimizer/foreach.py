@@ -5,23 +5,22 @@
 # %% ../../nbs/optimizer.foreach.ipynb #f9e83191
 from __future__ import annotations
 
-from functools import partialmethod
+from functools import lru_cache, partialmethod
 
 import torch
 from fastai.torch_basics import *
 from torch import Tensor
 
-from . import rules
 from .core import OPTIMIZERS, Batch, FastOptimizer, LookaheadMixin, is_dense, spec_of
 from .rules import SLOTS, compile_rule, rule_args
 
 # %% auto #0
-__all__ = ['TensorList', 'Scalars', 'tensor_env', 'larc_trust', 'lamb_trust', 'BLOCK', 'NO_SADAM', 'sgd_foreach_step',
-           'rmsprop_foreach_step', 'adam_foreach_step', 'radam_foreach_step', 'ranger_foreach_step',
-           'qhadam_foreach_step', 'larc_foreach_step', 'lamb_foreach_step', 'blocks', 'ListOptimizer',
-           'ForEachOptimizer', 'SGDForEachOptimizer', 'RMSPropForEachOptimizer', 'AdamForEachOptimizer',
-           'RAdamForEachOptimizer', 'QHAdamForEachOptimizer', 'LarcForEachOptimizer', 'LambForEachOptimizer',
-           'RangerForEachOptimizer']
+__all__ = ['TensorList', 'Scalars', 'tensor_env', 'BLOCK', 'NO_SADAM', 'sgd_foreach_step', 'rmsprop_foreach_step',
+           'adam_foreach_step', 'radam_foreach_step', 'ranger_foreach_step', 'qhadam_foreach_step',
+           'larc_foreach_norms', 'larc_foreach_step', 'lamb_foreach_norms', 'lamb_foreach_step', 'blocks',
+           'ListOptimizer', 'ForEachOptimizer', 'SGDForEachOptimizer', 'RMSPropForEachOptimizer',
+           'AdamForEachOptimizer', 'RAdamForEachOptimizer', 'QHAdamForEachOptimizer', 'LarcForEachOptimizer',
+           'LambForEachOptimizer', 'RangerForEachOptimizer']
 
 # %% ../../nbs/optimizer.foreach.ipynb #cc472682
 TensorList = list[Tensor]
@@ -37,49 +36,74 @@ def _only(idxs, *xs):
     "Those at `idxs` of each list (and a number as it is)"
     return [[x[i] for i in idxs] if isinstance(x, list) else x for x in xs]
 
-def _with_weight_decay(p, g, decay, l2):
-    "Decay `p` in place; gradients with L2 regularization added, in new tensors where there is any"
-    if not _all(decay, 1.): torch._foreach_mul_(p, decay)
+# %% ../../nbs/optimizer.foreach.ipynb #f59db2bc
+@lru_cache(4096)
+def _number(x, dtype): return torch.tensor(x, dtype=dtype)
+
+def _on_cpu(ts): return ts[0].device.type == 'cpu' and ts[0].dtype.itemsize >= 4
+
+def _operand(ts, x):
+    "`x` in the form in which it is added to or multiplied with `ts` fastest"
+    if not _on_cpu(ts): return x
+    dtype = ts[0].dtype
+    return [_number(o, dtype) for o in x] if isinstance(x, list) else [_number(x, dtype)]*len(ts)
+
+def _mul_(ts, x): torch._foreach_mul_(ts, _operand(ts, x))
+
+def _add_scaled(p, x, scale):
+    "Add `scale*x` to `p`"
+    if not isinstance(scale, list): torch._foreach_add_(p, x, alpha=scale)
+    elif _on_cpu(p): torch._foreach_addcmul_(p, x, _operand(p, 1.), scale)
+    else: torch._foreach_add_(p, torch._foreach_mul(x, scale))
+
+# %% ../../nbs/optimizer.foreach.ipynb #b853e9be
+def _decay(p, decay):
+    "True weight decay in place"
+    if not _all(decay, 1.): _mul_(p, decay)
+
+def _with_l2(p, g, l2):
+    "Gradients with L2 regularization added, in new tensors where there is any"
     if _all(l2, 0.): return g
     idxs = [i for i in range(len(p)) if _nth(l2, i)]
-    decayed = torch._foreach_mul(*_only(idxs, p, l2))
-    torch._foreach_add_(decayed, *_only(idxs, g))
+    p_, l2_, g_ = _only(idxs, p, l2, g)
+    decayed = list(torch._foreach_mul(p_, _operand(p_, l2_)))
+    torch._foreach_add_(decayed, g_)
     g = list(g)
     for i,d in zip(idxs, decayed): g[i] = d
     return g
 
+def _with_weight_decay(p, g, decay, l2):
+    "Both: an optimizer does one or the other"
+    _decay(p, decay)
+    return _with_l2(p, g, l2)
+
 def _add_momentum(grad_avg, g, mom):
     "Undampened momentum"
-    torch._foreach_mul_(grad_avg, mom)
+    _mul_(grad_avg, mom)
     torch._foreach_add_(grad_avg, g)
 
 def _add_square(sqr_avg, g, sqr_mom, sqr_damp):
     "Moving average of the squared gradient"
-    torch._foreach_mul_(sqr_avg, sqr_mom)
+    _mul_(sqr_avg, sqr_mom)
     torch._foreach_addcmul_(sqr_avg, g, g, sqr_damp)
 
 def _root(sqr_avg, eps):
     "`sqrt(sqr_avg) + eps` in new tensors"
     denom = torch._foreach_sqrt(sqr_avg)
-    torch._foreach_add_(denom, eps)
+    torch._foreach_add_(denom, _operand(denom, eps))
     return denom
 
-def _add_scaled(p, x, scale):
-    "Add `scale*x` to `p`"
-    if not isinstance(scale, list): torch._foreach_add_(p, x, alpha=scale)
-    else: torch._foreach_add_(p, torch._foreach_mul(x, scale))
-
-# %% ../../nbs/optimizer.foreach.ipynb #e27c9aec
+# %% ../../nbs/optimizer.foreach.ipynb #0e42ac0c
 _lerps_lists = 'ScalarList' in torch.ops.aten._foreach_lerp_.overloads()
 
 def _lerp(avg, g, mom, damp):
     "Moving average of the gradient"
     if _lerps_lists or not isinstance(damp, list): torch._foreach_lerp_(avg, g, damp)
     else:
-        torch._foreach_mul_(avg, mom)
-        torch._foreach_add_(avg, torch._foreach_mul(g, damp))
+        _mul_(avg, mom)
+        _add_scaled(avg, g, damp)
 
-# %% ../../nbs/optimizer.foreach.ipynb #6201fbf2
+# %% ../../nbs/optimizer.foreach.ipynb #0e0704f5
 def sgd_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, decay:Scalars, l2:Scalars, mom:Scalars, lr:Scalars):
     "SGD, with momentum if there is a `grad_avg`"
     g = _with_weight_decay(p, g, decay, l2)
@@ -102,7 +126,7 @@ def adam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:T
     _add_square(sqr_avg, g, sqr_mom, sqr_damp)
     torch._foreach_addcdiv_(p, grad_avg, _root(sqr_avg, eps), _neg(step_size))
 
-# %% ../../nbs/optimizer.foreach.ipynb #2ff44134
+# %% ../../nbs/optimizer.foreach.ipynb #dd910cb7
 def radam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, decay:Scalars, l2:Scalars,
                        mom:Scalars, damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, rectified:Scalars, step_size:Scalars, eps:Scalars):
     "RAdam (Liu et al., 2019)"
@@ -133,53 +157,48 @@ def qhadam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg
     g = _with_weight_decay(p, g, decay, l2)
     _lerp(grad_avg, g, mom, damp)
     _add_square(sqr_avg, g, sqr_mom, sqr_damp)
-    num, denom = torch._foreach_mul(grad_avg, avg_coef), torch._foreach_mul(sqr_avg, sqr_avg_coef)
+    num = torch._foreach_mul(grad_avg, _operand(grad_avg, avg_coef))
     _add_scaled(num, g, g_coef)
+    denom = torch._foreach_mul(sqr_avg, _operand(sqr_avg, sqr_avg_coef))
     if not _all(sqr_g_coef, 0.): torch._foreach_addcmul_(denom, g, g, sqr_g_coef)
     torch._foreach_sqrt_(denom)
-    torch._foreach_add_(denom, eps)
+    torch._foreach_add_(denom, _operand(denom, eps))
     torch._foreach_addcdiv_(p, num, denom, -1.)
 
-# %% ../../nbs/optimizer.foreach.ipynb #6b69c14f
+# %% ../../nbs/optimizer.foreach.ipynb #b5315789
 def _where(flag, a, b):
     if not isinstance(flag, Tensor): return a if flag else b
     return torch.where(flag != 0, a, b)
 
 tensor_env = dict(sqrt=torch.sqrt, exp=torch.exp, log=torch.log, where=_where)
-larc_trust, lamb_trust = (compile_rule(f, tensor_env) for f in (rules.larc_trust, rules.lamb_trust))
 
-def _sqr_norms(ts): return torch.stack(torch._foreach_norm(ts)).square_()
-
-def _on(ratios, *xs):
-    "Scalars as tensors beside `ratios`"
-    return [ratios.new_tensor(x) if isinstance(x, list) else x for x in xs]
-
-def larc_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, decay:Scalars, l2:Scalars, mom:Scalars, lr:Scalars,
-                      trust_coeff:Scalars, wd:Scalars, eps:Scalars, clip:Scalars) -> Tensor: # Learning rate of each parameter
-    "LARC or LARS (You et al., 2017), with momentum if there is a `grad_avg`"
+def larc_foreach_norms(p:TensorList, g:TensorList, decay:Scalars, l2:Scalars) -> tuple: # Norms of parameters and of gradients
+    "Weight decay, and what Larc takes norms of"
     g = _with_weight_decay(p, g, decay, l2)
-    p_sqr, g_sqr = _sqr_norms(p), _sqr_norms(g)
-    local_lr = larc_trust(p_sqr, g_sqr, *_on(p_sqr, lr, trust_coeff, wd, eps, clip))
-    if grad_avg: _add_momentum(grad_avg, g, mom)
-    torch._foreach_sub_(p, torch._foreach_mul(grad_avg or g, local_lr.tolist()))
-    return local_lr
+    return torch._foreach_norm(p), torch._foreach_norm(g)
 
-def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, decay:Scalars, l2:Scalars,
-                      mom:Scalars, damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, scale:Scalars, eps:Scalars,
-                      lr:Scalars, max_ratio:Scalars, one:Scalars) -> Tensor: # Learning rate of each parameter
-    "LAMB (You et al., 2019)"
+def larc_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, l2:Scalars, mom:Scalars, ratio:Scalars):
+    "LARC or LARS (You et al., 2017) after `larc_foreach_norms`, with momentum if there is a `grad_avg`"
+    sgd_foreach_step(p, g, grad_avg, 1., l2, mom, ratio)
+
+def lamb_foreach_norms(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, decay:Scalars, l2:Scalars, mom:Scalars,
+                       damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, scale:Scalars, eps:Scalars) -> tuple: # Norms of parameters and updates
+    "Weight decay, moving averages, and what Lamb takes norms of"
     g = _with_weight_decay(p, g, decay, l2)
     _lerp(grad_avg, g, mom, damp)
     _add_square(sqr_avg, g, sqr_mom, sqr_damp)
-    update = torch._foreach_mul(grad_avg, scale)
-    torch._foreach_div_(update, _root(sqr_avg, eps))
-    p_sqr, u_sqr = _sqr_norms(p), _sqr_norms(update)
-    ratio = lamb_trust(p_sqr, u_sqr, *_on(p_sqr, lr, max_ratio, one))
-    torch._foreach_mul_(update, ratio.tolist())
-    torch._foreach_sub_(p, update)
-    return ratio
+    update = _root(sqr_avg, eps)
+    torch._foreach_reciprocal_(update)
+    torch._foreach_mul_(update, grad_avg)
+    _mul_(update, scale)
+    return torch._foreach_norm(p), torch._foreach_norm(update)
 
-# %% ../../nbs/optimizer.foreach.ipynb #32c2ea50
+def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, scale:Scalars, eps:Scalars, ratio:Scalars):
+    "LAMB (You et al., 2019) after `lamb_foreach_norms`"
+    step_size = [_nth(scale, i)*_nth(ratio, i) for i in range(len(p))]
+    torch._foreach_addcdiv_(p, grad_avg, _root(sqr_avg, eps), _neg(step_size))
+
+# %% ../../nbs/optimizer.foreach.ipynb #dd741a8e
 BLOCK = 2**17
 
 def _pieces(ts):
@@ -208,14 +227,23 @@ def blocks(
             block.append(piece); owners.append(i); room -= n
     yield list(map(list, zip(*block))), owners
 
-# %% ../../nbs/optimizer.foreach.ipynb #d30d19c3
+# %% ../../nbs/optimizer.foreach.ipynb #69e9ff80
 for _name,_step in dict(SGD=sgd_foreach_step, RMSProp=rmsprop_foreach_step, Adam=adam_foreach_step, RAdam=radam_foreach_step,
                         QHAdam=qhadam_foreach_step, Larc=larc_foreach_step, Lamb=lamb_foreach_step,
                         Ranger=ranger_foreach_step).items(): OPTIMIZERS[_name].steps['foreach'] = _step
+for _name,_step in dict(Larc=larc_foreach_norms, Lamb=lamb_foreach_norms).items(): OPTIMIZERS[_name].steps['norms'] = _step
 
 NO_SADAM = "ForEach has no SAdam: use `RAdam(beta=...)` with `fused=True`, with `jit=True`, or with neither"
 
-# %% ../../nbs/optimizer.foreach.ipynb #0b40cd50
+# %% ../../nbs/optimizer.foreach.ipynb #0977bd2a
+_trust = lru_cache(None)(lambda trust: compile_rule(trust, tensor_env))
+
+def _sum_by(owners, n, xs):
+    "Sums of the columns of `xs` that have the same owner"
+    if len(owners) == n: return xs
+    return xs.new_zeros(len(xs), n).index_add_(1, torch.tensor(owners, device=xs.device), xs)
+
+# %% ../../nbs/optimizer.foreach.ipynb #61549e7b
 class ListOptimizer(FastOptimizer):
     "A `FastOptimizer` that hands lists of tensors to a step function"
     def __init__(self,
@@ -228,14 +256,36 @@ class ListOptimizer(FastOptimizer):
         self.opt_step = opt_step
 
     def run(self, batch):
-        args = rule_args(self.opt_step)[2:]
-        scalars = {n: batch.scalar(n) for n in args if n not in SLOTS}
-        whole = self.spec.norms is not None
-        for (p, g, *slots), owners in [(batch.tensors(), range(len(batch)))] if whole else blocks(batch):
-            slots = dict(zip(batch.slots, slots))
-            ratios = self.opt_step(p, g, *(slots.get(n, []) if n in SLOTS else self.scalar_arg(scalars[n], owners) for n in args))
+        takes_ratio = 'ratio' in rule_args(self.opt_step)
+        whole = self.spec.norms is not None and not takes_ratio  # the step takes norms itself
+        pieces = [(batch.tensors(), range(len(batch)))] if whole else list(blocks(batch))
+        if takes_ratio: batch.rows, batch.row_ids = self.with_ratios(batch, pieces)
+        ratios = [r for piece in pieces for r in self.call(self.opt_step, batch, *piece) or []]
         if self.spec.ratio_name:
-            for state,ratio in zip(batch.states, ratios.unbind()): state[self.spec.ratio_name] = ratio
+            for state,ratio in zip(batch.states, ratios or [row['ratio'] for row in batch.rows]): state[self.spec.ratio_name] = ratio
+
+    def call(self,
+        step:callable, # Step function
+        batch:Batch, # What steps
+        tensors:tuple, # Parameters, gradients and slots, or pieces of them
+        owners:list, # The parameter that each one is a piece of
+    ):
+        "Call `step` on `tensors`"
+        p, g, *slots = tensors
+        slots = dict(zip(batch.slots, slots))
+        return step(p, g, *(slots.get(n, []) if n in SLOTS else self.scalar_arg(batch.scalar(n), owners) for n in rule_args(step)[2:]))
+
+    def with_ratios(self,
+        batch:Batch, # What steps
+        pieces:list, # What `blocks` made of it
+    ) -> tuple[list, list]: # A row for each parameter, and their positions
+        "Take norms, and put the trust ratio of each parameter into a row of its own"
+        norms = [torch.stack([torch.stack(n) for n in self.call(self.spec.steps['norms'], batch, *piece)]) for piece in pieces]
+        owners = [i for _,owners in pieces for i in owners]
+        a_sqr, b_sqr = _sum_by(owners, len(batch), torch.cat(norms, 1).square())
+        args = (batch.scalar(n) for n in rule_args(self.spec.trust)[2:])
+        ratios = _trust(self.spec.trust)(a_sqr, b_sqr, *(a_sqr.new_tensor(x) if isinstance(x, list) else x for x in args))
+        return [{**batch.rows[i], 'ratio': ratio} for i,ratio in zip(batch.row_ids, ratios.tolist())], list(range(len(batch)))
 
     def scalar_arg(self,
         value:float|list, # A number, or one for each parameter
@@ -244,7 +294,7 @@ class ListOptimizer(FastOptimizer):
         "A scalar as the step function takes it"
         return [value[i] for i in owners] if isinstance(value, list) else value
 
-# %% ../../nbs/optimizer.foreach.ipynb #bdbac3cd
+# %% ../../nbs/optimizer.foreach.ipynb #6f2db782
 class ForEachOptimizer(ListOptimizer):
     "A fastai optimizer that runs a step function on `torch._foreach_*`"
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .core import Batch, FastOptimizer, LookaheadMixin, check_batch, describe, find_entangled
 from .foreach import ListOptimizer, tensor_env
-from .probe import DTYPES, OK, REASONS, in_conflict, probe
+from .probe import DTYPES, OK, REASONS, Probe, ids_of, in_conflict, probe
 from .rules import compile_rule, rule_row, rule_slots
 
 # %% auto #0
-__all__ = ['step_widened', 'step_rule', 'Ran', 'warn_once', 'FusedOptimizer', 'sharing_memory', 'FusedLookahead']
+__all__ = ['step_widened', 'step_rule', 'Ran', 'Kernel', 'Plan', 'engine', 'warn_once', 'FusedOptimizer', 'sharing_memory',
+           'FusedLookahead']
 
 # %% ../../nbs/optimizer.kernels.ipynb #26adc5a7
 def step_widened(
@@ -51,6 +52,35 @@ class Ran:
     backend:str # `numba`, `triton` or `foreach`
     reason:str = '' # Why no kernel took it
 
+@dataclass(frozen=True)
+class Kernel:
+    "A part of a step that is one call of a kernel"
+    dtype:torch.dtype # Of all its tensors
+    device:int # DLPack's code of the device
+    idxs:np.ndarray # Positions of its parameters
+    chunks:object # Its work, as the engine wants it
+
+@dataclass(frozen=True)
+class Plan:
+    "What runs where"
+    params:list # All that step
+    table:np.ndarray # Addresses and layouts it was made for
+    tangled:list # Positions of parameters that share memory and step one by one
+    kernels:list # `Kernel`s
+    rest:list # Lists of positions of what steps without a kernel
+
+    def ran(self,
+        i:int, # Position of a parameter
+    ) -> tuple[str, str]: # Backend and reason
+        "Where a parameter is stepped, and why"
+        if any(i in k.idxs for k in self.kernels): return 'numba', ''
+        if i in self.tangled: return 'foreach', 'shares memory with another parameter or its state'
+        return 'foreach', REASONS[self.table[i, 0]] or f'no kernel for {self.params[i].device.type}'
+
+def engine():
+    from fastxtend.optimizer import cpu
+    return cpu
+
 _warned = set()
 def warn_once(msg):
     if msg not in _warned: warn(msg)
@@ -73,15 +103,6 @@ class FusedOptimizer(ListOptimizer):
         FastOptimizer.__init__(self, params, spec, decouple_wd, **defaults)
         _check_numba(concat(*self.param_lists))
         self.opt_step = spec.steps['foreach']
-        self._forget()
-
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('_tables', '_checked', '_ran')}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self._forget()
-
-    def _forget(self): self._tables, self._checked, self._ran = {}, (None, False), None
 
     def rule(self,
         batch:Batch, # What steps
@@ -90,50 +111,59 @@ class FusedOptimizer(ListOptimizer):
         return self.spec.pick(self.has_mom, beta=any(h.get('beta') for h in self.hypers), sync='slow_weights' in batch.slots)
 
     def step_batch(self, batch):
-        if any(t is None for ts in batch.slots.values() for t in ts):
+        res = self.probe(batch)
+        if res.reasons.any():
             check_batch(batch)
             self.init_slots(batch)
-        res = probe(*batch.tensors())
-        if res.reasons.any(): check_batch(batch)
-        tangled = self.entangled_with(batch, res)
-        kernel = (res.reasons == OK) & np.isin(res.devices & 0xffffffff, [1])
-        kernel[tangled] = False
+            res = self.probe(batch)
+        plan = self.plan(batch, res)
         self.count_step(batch)
-        self._ran = batch, res, kernel, tangled
-        for device,dtype in np.unique(np.stack([res.devices, res.dtypes])[:, kernel], axis=1).T:
-            self.run_kernel(batch, res, np.flatnonzero(kernel & (res.devices == device) & (res.dtypes == dtype)), device, DTYPES[dtype])
-        rest = [i for i in range(len(batch)) if not kernel[i] and i not in tangled]
-        for idxs in groupby(rest, lambda i: (batch.params[i].device, batch.params[i].dtype)).values(): self.run_without(batch.take(idxs))
-        for i in tangled: self.run_without(batch.take([i]))
+        for kernel in plan.kernels: self.run_kernel(batch, res, kernel)
+        for idxs in plan.rest: self.run_without(batch.take(idxs))
 
-    def entangled_with(self,
+    def probe(self,
         batch:Batch, # What steps
-        res:Probe, # Its addresses
-    ) -> list[int]: # Positions
-        "Parameters that have to step one by one because they, or their state, share memory with another; remembered until an address changes"
-        addresses, found = self._checked
-        if addresses is None or not np.array_equal(addresses, res.addresses):
-            itemsizes = np.array([d.itemsize for d in DTYPES])[res.dtypes]
-            found = in_conflict(res, itemsizes) or bool(find_entangled([p for p,r in zip(batch.params, res.reasons) if r != OK]))
-            if found: found = sharing_memory(batch)
-            self._checked = res.addresses, found
-        return found or []
+    ) -> Probe:
+        "Look at all tensors of `batch`; only those that the optimizer keeps alive anyway are remembered"
+        names = iter(('params', 'grads', *batch.slots))
+        def ids(ts):
+            name = next(names)
+            return ids_of(ts) if name == 'grads' else self.remember(f'ids of {name}', ids_of, ts)
+        return probe(*batch.tensors(), ids_of=ids)
+
+    def plan(self,
+        batch:Batch, # What steps
+        res:Probe, # Its addresses and layouts
+    ) -> Plan:
+        "What runs where; the last plan if nothing has moved"
+        last = self._memo.get('plan')
+        if last is not None and np.array_equal(last.table, res.table): return last
+        itemsizes = np.array([d.itemsize for d in DTYPES])[res.dtypes]
+        tangled = []
+        if in_conflict(res, itemsizes) or find_entangled([p for p,r in zip(batch.params, res.reasons) if r != OK]): tangled = sharing_memory(batch)
+        takes = (res.reasons == OK) & np.isin(res.devices & 0xffffffff, [1])
+        takes[tangled] = False
+        if last is not None and not tangled and not last.tangled and np.array_equal(last.table[:, :4], res.table[:, :4]): kernels = last.kernels
+        else:
+            kinds = np.unique(res.table[takes, 2:4], axis=0)
+            kernels = [Kernel(DTYPES[dtype], device, idxs := np.flatnonzero(takes & (res.dtypes == dtype) & (res.devices == device)),
+                              engine().Chunks.of(res.sizes, idxs)) for dtype,device in kinds]
+        rest = [i for i in range(len(batch)) if not takes[i] and i not in tangled]
+        rest = groupby(rest, lambda i: (batch.params[i].device, batch.params[i].dtype)).values()
+        self._memo['plan'] = Plan(batch.params, res.table, tangled, kernels, [*rest, *([i] for i in tangled)])
+        return self._memo['plan']
 
     def run_kernel(self,
         batch:Batch, # What steps
         res:Probe, # Its addresses
-        idxs:np.ndarray, # Positions of the parameters to step
-        device:int, # Their device
-        dtype:torch.dtype, # Their dtype
+        kernel:Kernel, # The part of it to step now
     ):
         "Step parameters of one device and dtype in one kernel"
-        from fastxtend.optimizer import cpu
-        rule, row_ids = self.rule(batch), np.array(batch.row_ids)
-        addresses, sizes = (res.addresses, res.sizes) if len(idxs) == len(batch) else (res.addresses[idxs], res.sizes[idxs])
-        tables = self._tables.setdefault((device, dtype), cpu.Tables())
-        ratio = cpu.step_kernels(rule, self.spec.norms, self.spec.trust, dtype, addresses, sizes, batch.rows, row_ids[idxs], tables)
+        row_ids = self.remember('row_ids', np.array, batch.row_ids)
+        ratio = engine().step_kernels(self.rule(batch), self.spec.norms, self.spec.trust, kernel.dtype, res.table, kernel.chunks, batch.rows, row_ids)
         if self.spec.ratio_name:
-            for i,r in zip(idxs, torch.from_numpy(ratio).to(dtype).unbind()): batch.states[i][self.spec.ratio_name] = r
+            ratio = ratio.tolist()
+            for i in kernel.idxs.tolist(): batch.states[i][self.spec.ratio_name] = ratio[i]
 
     def run_without(self,
         batch:Batch, # Parameters of one device and dtype that no kernel can take
@@ -146,13 +176,10 @@ class FusedOptimizer(ListOptimizer):
 
     def backend_report(self) -> L: # `Ran` of each parameter
         "Which parameters ran where in the last step, and why"
-        if self._ran is None: return L()
-        batch, res, kernel, tangled = self._ran
+        plan = self._memo.get('plan')
+        if plan is None: return L()
         place = {id(p): (i,j) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)}
-        def why(i):
-            if i in tangled: return 'shares memory with another parameter or its state'
-            return REASONS[res.reasons[i]] or f'no kernel for {batch.params[i].device.type}'
-        return L(Ran(*place[id(p)], describe(p), *(('numba', '') if kernel[i] else ('foreach', why(i)))) for i,p in enumerate(batch.params))
+        return L(Ran(*place[id(p)], describe(p), *plan.ran(i)) for i,p in enumerate(plan.params))
 
 def sharing_memory(
     batch:Batch, # What steps

@@ -5,7 +5,7 @@
 # %% ../../nbs/optimizer.probe.ipynb #e3dadc5c
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np, torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from .core import is_dense
 
 # %% auto #0
-__all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS', 'DTYPES', 'Probe', 'probe', 'in_conflict']
+__all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS', 'DTYPES', 'Probe', 'ids_of', 'probe',
+           'in_conflict']
 
 # %% ../../nbs/optimizer.probe.ipynb #ac01f523
 OK, UNREADABLE, DEVICE, DTYPE, SHAPE, STRIDES = range(6)
@@ -24,17 +25,24 @@ REASONS = ['', 'not a plain tensor in memory', 'on different devices', 'no kerne
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-@dataclass
+@dataclass(frozen=True)
 class Probe:
     "What is known of the tensors of a step"
-    addresses:np.ndarray # (parameters, tensors) of int64
-    sizes:np.ndarray # Number of elements of each parameter
-    dtypes:np.ndarray # Position of its dtype in `DTYPES`
-    devices:np.ndarray # DLPack's number of the kind of device (1 is the CPU, 2 is CUDA) and 2^32 times the number of the device
-    reasons:np.ndarray # Position in `REASONS`
+    table:np.ndarray # A row of int64 for each parameter: reason, number of elements, dtype, device, then the address of each tensor
 
     @classmethod
-    def empty(cls, n_params, n_tensors): return cls(np.zeros((n_params, n_tensors), np.int64), *np.zeros((4, n_params), np.int64))
+    def empty(cls, n_params, n_tensors): return cls(np.zeros((n_params, 4+n_tensors), np.int64))
+
+    @property
+    def reasons(self): "Position in `REASONS`"; return self.table[:, 0]
+    @property
+    def sizes(self): "Number of elements"; return self.table[:, 1]
+    @property
+    def dtypes(self): "Position in `DTYPES`"; return self.table[:, 2]
+    @property
+    def devices(self): "DLPack's number of the kind of device (1 is the CPU, 2 is CUDA), and 2^32 times the number of the device"; return self.table[:, 3]
+    @property
+    def addresses(self): "Of all tensors of each parameter"; return self.table[:, 4:]
 
 # %% ../../nbs/optimizer.probe.ipynb #772d00a6
 @lru_cache(None)
@@ -44,18 +52,22 @@ def _fast_probe():
     except ImportError: return None
     return compiled_probe()
 
+def ids_of(
+    tensors:list, # Tensors of one kind
+) -> np.ndarray|None: # Addresses of the Python objects, or `None` if some are not plain tensors, whose address may not be where their data is
+    "What the compiled prober takes"
+    return np.fromiter(map(id, tensors), np.int64, len(tensors)) if set(map(type, tensors)) <= {Tensor, nn.Parameter} else None
+
 def probe(
     *tensors:list, # Parameters, gradients and slots: lists of tensors
+    ids_of:callable=ids_of, # `ids_of`, or one that remembers
 ) -> Probe:
     "Where all tensors are, and which parameters a kernel can take"
     res, fast = Probe.empty(len(tensors[0]), len(tensors)), _fast_probe()
-    if fast is None or not _plain(tensors): _probe_slowly(tensors, res)
-    else: fast(np.array([list(map(id, ts)) for ts in tensors]), res.addresses, res.sizes, res.dtypes, res.devices, res.reasons)
+    ids = [ids_of(ts) for ts in tensors] if fast is not None else [None]
+    if any(i is None for i in ids): _probe_slowly(tensors, res)
+    else: fast(np.stack(ids), res.table)
     return res
-
-def _plain(tensors):
-    "Are there no tensors of a subclass, whose address may not be where its data is?"
-    return set().union(*(map(type, ts) for ts in tensors)) <= {Tensor, nn.Parameter}
 
 def _device_code(device): return {'cpu': 1, 'cuda': 2}.get(device.type, 0) + ((device.index or 0) << 32)
 
@@ -63,8 +75,8 @@ def _probe_slowly(tensors, res):
     for i,ts in enumerate(zip(*tensors)):
         res.reasons[i] = _reason(ts)
         if res.reasons[i] != OK: continue
-        res.addresses[i] = [t.data_ptr() for t in ts]
-        res.sizes[i], res.dtypes[i], res.devices[i] = ts[0].numel(), DTYPES.index(ts[0].dtype), _device_code(ts[0].device)
+        p = ts[0]
+        res.table[i, 1:] = p.numel(), DTYPES.index(p.dtype), _device_code(p.device), *(t.data_ptr() for t in ts)
 
 def _reason(ts):
     p = ts[0]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import builtins, inspect, types
+from functools import lru_cache
 
 # %% auto #0
 __all__ = ['SLOTS', 'where', 'rule_args', 'rule_slots', 'rule_row', 'weight_decay', 'sgd', 'sgd_mom', 'rmsprop', 'rmsprop_mom',
@@ -17,9 +18,10 @@ def where(flag, a, b):
     "`a` if `flag` is not zero, else `b`; each backend puts its own in place of this one"
     return a if flag else b
 
-# %% ../../nbs/optimizer.rules.ipynb #8a2d8f3e
+# %% ../../nbs/optimizer.rules.ipynb #c2bb0a84
 SLOTS = ('grad_avg', 'sqr_avg', 'slow_weights')
 
+@lru_cache(None)
 def rule_args(
     rule:callable, # A rule or another function, plain or scripted
 ) -> tuple[str, ...]:
@@ -27,12 +29,14 @@ def rule_args(
     if hasattr(rule, 'schema'): return tuple(a.name for a in rule.schema.arguments)
     return tuple(inspect.signature(rule).parameters)
 
+@lru_cache(None)
 def rule_slots(
     rule:callable, # A rule
 ) -> tuple[str, ...]:
     "Names of the state tensors `rule` keeps per parameter, in its order"
     return tuple(n for n in rule_args(rule) if n in SLOTS)
 
+@lru_cache(None)
 def rule_row(
     rule:callable, # A rule
 ) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from .core import OPTIMIZERS, LookaheadMixin
 from .foreach import ListOptimizer
 
 # %% auto #0
-__all__ = ['JIT_STEPS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'moments_', 'sgd_jit_step', 'rmsprop_jit_step',
-           'adam_jit_step', 'radam_jit_step', 'ranger_jit_step', 'qhadam_jit_step', 'larc_jit_step', 'lamb_jit_step',
-           'JitOptimizer', 'JitLookahead']
+__all__ = ['JIT_STEPS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'moments_',
+           'sgd_jit_step', 'rmsprop_jit_step', 'adam_jit_step', 'radam_jit_step', 'ranger_jit_step', 'qhadam_jit_step',
+           'larc_jit_step', 'lamb_jit_step', 'JitOptimizer', 'JitLookahead']
 
 # %% ../../nbs/optimizer.torchscript.ipynb #5e4c9f7b
 class NoScript:
@@ -50,10 +50,20 @@ def weight_decay_(p:Tensor, decay:float) -> Tensor:
     return p.mul_(decay) if decay != 1. else p
 
 @script
-def moments_(g:Tensor, grad_avg:Tensor, sqr_avg:Tensor, damp:float, sqr_mom:float, sqr_damp:float):
+def add_momentum_(grad_avg:Tensor, g:Tensor, mom:float) -> Tensor:
+    "Undampened momentum in place, in one pass"
+    return torch.add(g, grad_avg, alpha=mom, out=grad_avg)
+
+@script
+def add_square_(sqr_avg:Tensor, g:Tensor, sqr_damp:float):
+    "Exponential moving average of the square of `g`, in place"
+    sqr_avg.lerp_(g*g, sqr_damp)
+
+@script
+def moments_(g:Tensor, grad_avg:Tensor, sqr_avg:Tensor, damp:float, sqr_damp:float):
     "Exponential moving averages of `g` and of its square, in place"
     grad_avg.lerp_(g, damp)
-    sqr_avg.mul_(sqr_mom).addcmul_(g, g, value=sqr_damp)
+    add_square_(sqr_avg, g, sqr_damp)
 
 # %% ../../nbs/optimizer.torchscript.ipynb #6c6d1c84
 @script
@@ -70,7 +80,7 @@ def sgd_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], decay:Li
                 p[i].copy_(param)
             else: p[i].copy_(decay[i]*p[i] - lr[i]*grad)
         else:
-            if len(grad_avg) > 0: grad = grad_avg[i].mul_(mom[i]).add_(grad)
+            if len(grad_avg) > 0: grad = add_momentum_(grad_avg[i], grad, mom[i])
             weight_decay_(p[i], decay[i]).add_(grad, alpha=-lr[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #af4df564
@@ -90,8 +100,8 @@ def rmsprop_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_
             sqr_avg[i].copy_(sqr)
             p[i].copy_(param)
         else:
-            sqr_avg[i].mul_(sqr_mom[i]).addcmul_(grad, grad, value=sqr_damp[i])
-            if len(grad_avg) > 0: grad = grad_avg[i].mul_(mom[i]).add_(grad)
+            add_square_(sqr_avg[i], grad, sqr_damp[i])
+            if len(grad_avg) > 0: grad = add_momentum_(grad_avg[i], grad, mom[i])
             weight_decay_(p[i], decay[i]).addcdiv_(grad, sqr_avg[i].sqrt().add_(eps[i]), value=-lr[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #3d0f8b41
@@ -109,7 +119,7 @@ def adam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
             sqr_avg[i].copy_(sqr)
             p[i].copy_(param)
         else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_damp[i])
             weight_decay_(p[i], decay[i]).addcdiv_(grad_avg[i], sqr_avg[i].sqrt().add_(eps[i]), value=-step_size[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #06851423
@@ -130,7 +140,7 @@ def radam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_av
             sqr_avg[i].copy_(sqr)
             p[i].copy_(param)
         else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_damp[i])
             weight_decay_(p[i], decay[i])
             if rectified[i] == 0.: p[i].add_(grad_avg[i], alpha=-step_size[i])
             else:
@@ -166,7 +176,7 @@ def qhadam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_a
             sqr_avg[i].copy_(sqr)
             p[i].copy_(param)
         else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_damp[i])
             denom = sqr_avg[i].mul(sqr_avg_coef[i])
             if sqr_g_coef[i] != 0.: denom.addcmul_(grad, grad, value=sqr_g_coef[i])
             denom.sqrt_().add_(eps[i])
@@ -176,25 +186,19 @@ def qhadam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_a
 # %% ../../nbs/optimizer.torchscript.ipynb #6bf38724
 @script
 def larc_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], decay:List[float], l2:List[float], mom:List[float],
-                  lr:List[float], trust_coeff:List[float], wd:List[float], eps:List[float], clip:List[float]) -> Tensor:
+                  lr:List[float], trust_coeff:List[float], wd:List[float], eps:List[float], clip:List[float]) -> List[float]:
     "LARC or LARS (You et al., 2017), with momentum if there is a `grad_avg`: the learning rate of each parameter"
-    local_lrs: List[Tensor] = []
+    norms: List[Tensor] = []
     for i in range(len(p)):
-        grad = l2_reg(p[i], g[i], l2[i])
         weight_decay_(p[i], decay[i])
-        p_norm, g_norm = p[i].norm(), grad.norm()
-        local_lr = lr[i]*trust_coeff[i]*p_norm/(g_norm + p_norm*wd[i] + eps[i])
-        if clip[i] != 0.: local_lr = torch.where(local_lr < lr[i], local_lr, torch.full_like(local_lr, lr[i]))
-        if p[i].is_cuda:
-            if len(grad_avg) > 0:
-                grad = mom[i]*grad_avg[i] + grad
-                grad_avg[i].copy_(grad)
-            p[i].copy_(p[i] - local_lr*grad)
-        else:
-            if len(grad_avg) > 0: grad = grad_avg[i].mul_(mom[i]).add_(grad)
-            p[i].add_(grad, alpha=-float(local_lr))
-        local_lrs.append(local_lr)
-    return torch.stack(local_lrs)
+        norms += [p[i].norm(), l2_reg(p[i], g[i], l2[i]).norm()]
+    norm: List[float] = torch.stack(norms).double().tolist()
+    local_lr: List[float] = []
+    for i in range(len(p)):
+        layer_lr = lr[i]*trust_coeff[i]*norm[2*i]/(norm[2*i+1] + norm[2*i]*wd[i] + eps[i])
+        local_lr.append(min(layer_lr, lr[i]) if clip[i] != 0. else layer_lr)
+    sgd_jit_step(p, g, grad_avg, [1.]*len(p), l2, mom, local_lr)
+    return local_lr
 
 @script
 def lamb_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg:List[Tensor], decay:List[float], l2:List[float],
@@ -214,7 +218,7 @@ def lamb_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
             ratio = torch.where((p_norm == 0) | (u_norm == 0), torch.ones_like(p_norm), (p_norm/u_norm).clamp(max=max_ratio[i]))
             p[i].copy_(param - lr[i]*ratio*update)
         else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_damp[i])
             update = sqr_avg[i].sqrt().add_(eps[i])
             torch.div(grad_avg[i], update, out=update)
             p_norm, u_norm = float(weight_decay_(p[i], decay[i]).norm()), scale[i]*float(update.norm())
