@@ -57,13 +57,12 @@ def _load_all(table, n:tl.constexpr):
 
 @triton.jit
 def _find_chunk(params, owners, n_tensors:tl.constexpr):
-    "This program's parameter: its position, entry, size, chunk length, first chunk, row; and whether all its tensors are aligned"
-    owner = tl.load(owners + tl.program_id(0))
-    param = params + owner*(n_tensors + 4)
+    "This program's parameter: its entry in `params`, its size, chunk length, first chunk and row, and whether all its tensors are aligned"
+    param = params + tl.load(owners + tl.program_id(0))*(n_tensors + 5)
     size, length, first, row = _load_all(param + n_tensors, 4)
     bits = tl.load(param)
     for i in tl.static_range(1, n_tensors): bits = bits | tl.load(param + i)
-    return owner, param, size, length, first, row, bits % 16 == 0
+    return param, size, length, first, row, bits % 16 == 0
 
 @triton.jit
 def _pointers(param, at, n:tl.constexpr, dtype:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
@@ -114,11 +113,11 @@ def _sums(partials, first, count, MOST:tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=['params', 'owners', 'rows', 'partials', 'ratios'])
 def step_kernel(
-    params, # Addresses, size, chunk length, first chunk and row of each parameter: (parameters, `n_tensors` + 4) of int64
+    params, # Addresses, size, chunk length, first chunk, row and position of each parameter: (parameters, `n_tensors` + 5) of int64
     owners, # Parameter of each chunk: (chunks,) of int32
     rows, # Scalars: (rows, `row_size`) of float32, or of float64 for float64 parameters
     partials, # Sums of squares from `norms_kernel`: (2, chunks) of the dtype of `rows`, or `None` if there are no norms
-    ratios, # Where to leave the `ratio` of each parameter: (parameters,) of their dtype, or `None`
+    ratios, # Where to leave the `ratio` of each parameter, at its position: (all parameters,) of their dtype, or `None`
     rule:tl.constexpr, # What to do
     trust:tl.constexpr, # Turns the sums of squares into `ratio`, or `None`
     n_tensors:tl.constexpr, # Tensors of a parameter, with its gradient
@@ -131,14 +130,14 @@ def step_kernel(
     MOST:tl.constexpr, # Most chunks of a parameter if there are norms
 ):
     "Run `rule` on one chunk of one parameter"
-    owner, param, size, length, first, row, aligned = _find_chunk(params, owners, n_tensors)
+    param, size, length, first, row, aligned = _find_chunk(params, owners, n_tensors)
     start = (tl.program_id(0) - first)*length
     row = rows + row*row_size
     scalars = _load_all(row, n_scalars)
     if trust is None: _step_either(param, start, size, aligned, scalars, rule, n_tensors, dtype, compute, BLOCK)
     else:
         ratio = trust(*_sums(partials, first, tl.cdiv(size, length), MOST), *_load_all(row + n_scalars, n_trust))
-        if tl.program_id(0) == first: tl.store(ratios + owner, ratio.to(dtype))
+        if tl.program_id(0) == first: tl.store(ratios + tl.load(param + n_tensors + 4), ratio.to(dtype))
         scalars = scalars + (ratio,)
         for at in tl.range(start, tl.minimum(start + length, size), BLOCK, disable_licm=True):
             _step_either(param, at, size, aligned, scalars, rule, n_tensors, dtype, compute, BLOCK)
@@ -168,7 +167,7 @@ def norms_kernel(
     BLOCK:tl.constexpr, # Elements of a block
 ):
     "Sum the squares of what `norms` returns over one chunk of one parameter"
-    owner, param, size, length, first, row, aligned = _find_chunk(params, owners, n_tensors)
+    param, size, length, first, row, aligned = _find_chunk(params, owners, n_tensors)
     start = (tl.program_id(0) - first)*length
     scalars = _load_all(rows + row*row_size + skip, n_scalars)
     a_sqr, b_sqr = tl.zeros((BLOCK,), compute), tl.zeros((BLOCK,), compute)
@@ -264,7 +263,7 @@ class Tables:
         rows:np.ndarray, # Scalars: (rows, scalars) of the dtype to compute in
     ) -> tuple[Tensor, Tensor]: # `params` and `rows` of the kernels
         "Bring the tables on the device up to date, in one copy"
-        params = _bytes(np.concatenate([addresses[self.idxs], self.chunks, row_ids[self.idxs, None]], 1))
+        params = _bytes(np.concatenate([addresses[self.idxs], self.chunks, np.stack([row_ids[self.idxs], self.idxs], 1)], 1))
         host = np.concatenate([params, _bytes(rows)])
         if self.memory is None or len(host) != len(self.memory):
             if self.captured: raise RuntimeError(CHANGED)
@@ -298,7 +297,7 @@ def step_kernels(
     rows:list, # Dicts of scalars
     row_ids:np.ndarray, # Row of each parameter
     launch:bool=True, # Launch the kernels, or only prepare the next replay of a CUDA graph?
-) -> Tensor|None: # If there are norms, the `ratio` of each parameter that stepped, of dtype `dtype`
+) -> Tensor|None: # If there are norms, the `ratio` of each parameter that stepped, at its position: (all parameters,) of `dtype`
     "Step parameters of one dtype and device, on the current stream of the device"
     fmt, names = FORMATS[dtype], row_names(rule, norms, trust)
     step, first = constants(rule, norms, trust, dtype)
@@ -310,7 +309,7 @@ def step_kernels(
         if not launch: return
         args, grid = (params, tables.owners, values, tables.partials), (len(tables.owners),)
         if norms: norms_kernel[grid](*args, **first, **OPTIONS)
-        ratios = torch.empty(len(tables.sizes), dtype=dtype, device=tables.device) if norms else None
+        ratios = torch.empty(len(table), dtype=dtype, device=tables.device) if norms else None
         step_kernel[grid](*args, ratios, **step, **OPTIONS)
     return ratios
 

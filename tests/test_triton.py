@@ -1,0 +1,197 @@
+"""The CUDA kernels on a machine without a GPU: run by Triton's interpreter on CPU tensors, launched with a driver that only writes
+down what it is told, and compiled ahead of time for three generations of GPUs"""
+import os, re, subprocess, sys
+from collections import Counter
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip('triton')
+
+from common import *
+from test_parity import VARIANTS, WD, rounded, show
+from triton import language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import interpreter
+
+from fastxtend.optimizer import cuda, kernels
+from fastxtend.optimizer.cuda import compile_ahead, constants, norms_kernel, step_kernel
+
+# Triton decides when it is imported whether it interprets. So the first test runs the interpreted ones in a process of their own.
+INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1'
+interpreted = pytest.mark.skipif(not INTERPRETS, reason="run by test_interpreted_tests")
+compiled = pytest.mark.skipif(INTERPRETS, reason="needs Triton's compiler")
+
+@compiled
+def test_interpreted_tests():
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__], env={**os.environ, 'TRITON_INTERPRET': '1'},
+                          capture_output=True, text=True)
+    print(done.stdout[-20_000:], done.stderr[-5_000:])
+    assert done.returncode == 0
+    assert int(re.search(r'(\d+) passed', done.stdout)[1]) > 100
+
+@pytest.fixture(autouse=True)
+def on_cpu_tensors(monkeypatch):
+    "Step CPU tensors with the CUDA kernels"
+    engine = SimpleNamespace(Chunks=SimpleNamespace(of=partial(cuda.Tables, torch.device('cpu'))), step_kernels=cuda.step_kernels)
+    monkeypatch.setattr(kernels, 'engine', lambda *args: engine)
+
+# --- Interpreted: the same numbers as fastai's own optimizers
+
+def to_bfloat16(x, src, dst, mode, convert=interpreter._convert_float):
+    "Round to nearest, as GPUs do: the interpreter cuts off"
+    if (src, dst) != (tl.float32, tl.bfloat16): return convert(x, src, dst, mode)
+    return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+@pytest.fixture
+def launches(monkeypatch):
+    "Counts kernel launches of the interpreter"
+    count, call = Counter(), interpreter.GridExecutor.__call__
+    def counted(self, *args, **kwargs):
+        count[self.fn.__name__] += 1
+        return call(self, *args, **kwargs)
+    monkeypatch.setattr(interpreter.GridExecutor, '__call__', counted)
+    monkeypatch.setattr(interpreter, '_convert_float', to_bfloat16)
+    return count
+
+SIZES = {**SMALL, 'block': (2, 512), 'tail': (33, 32)} # whole blocks of 1,024 or 512 elements, and a last one that is not whole
+
+class Config(NamedTuple):
+    name:str # Of the optimizer
+    mom:float # At construction
+    dtype:torch.dtype
+    wd:str # A key of `WD`
+    groups:int # If more than one, with discriminative learning rates, and without weight decay for vectors, scalars and what has a tail
+
+    def __str__(self): return f"{self.name}-mom{self.mom}-{str(self.dtype)[6:]}-{self.wd}-{self.groups}group{'s'*(self.groups>1)}"
+
+def make(c, way):
+    params = make_params(SIZES, c.dtype)
+    if way == 'native' and c.dtype.itemsize == 2: params = [p.float() for p in params]
+    opt = build(c.name, split(params, c.groups), way, lr=.01 if c.groups == 1 else slice(1e-3, 1e-1), mom=c.mom, **{'wd': 0., **WD[c.wd]})
+    if c.groups > 1:
+        for k,p in zip(SIZES, params):
+            if k in ('vector', 'scalar', 'tail'): opt.state[p]['do_wd'] = False
+    return opt, params
+
+def configs(*rest): return [Config(name, mom, *c) for name in NAMES for mom in moms(name) for c in rest]
+
+WIDE = configs((torch.float32, 'no_wd', 1), (torch.float32, 'true_wd', 1), (torch.float32, 'true_wd', 3), (torch.float32, 'l2', 3), (torch.float64, 'l2', 3))
+HALF = configs((torch.bfloat16, 'true_wd', 3), (torch.float16, 'l2', 1))
+
+def steps_of(name): return 7 if name == 'Ranger' else 4 # the sixth synchronises
+
+def grads_of(c): return make_grads(tuple(SIZES.values()), c.dtype, steps_of(c.name))
+
+@interpreted
+@pytest.mark.parametrize('c', WIDE, ids=str)
+def test_parity(c, launches):
+    "Parameters, slots, step counts and hyperparameters after a short one-cycle schedule, as on the CPU"
+    def run(way): return snapshot_without_grads(lambda opt, params: train(opt, params, grads_of(c), one_cycle(opt)), *make(c, way))
+    assert_same(run('native'), run('fused'), TOLERANCE['fused'])
+    assert launches == launches_of(c.name, steps_of(c.name))
+
+def launches_of(name, steps): return dict(step_kernel=steps, **(dict(norms_kernel=steps) if OPTIMIZERS[name].norms else {}))
+
+@interpreted
+@pytest.mark.parametrize('c', HALF, ids=str)
+def test_parity_in_16_bits(c, launches):
+    "A step is native's step in float32, rounded once: from the same state, not more than 1 in 200 go to the other of two neighbours"
+    (ref, ref_params), (opt, params) = make(c, 'native'), make(c, 'fused')
+    total = moved = 0
+    for gs in grads_of(c):
+        step_with(ref, ref_params, [g.float() for g in gs])
+        step_with(opt, params, gs)
+        for a,b in zip(rounded(ref, ref_params, c.dtype), rounded(opt, params, c.dtype)):
+            assert b.dtype == c.dtype
+            if not a.numel(): continue
+            info = torch.finfo(c.dtype)
+            near = info.eps*a.abs().clamp(min=info.smallest_normal) + torch.finfo(torch.float32).eps*a.abs().max()
+            assert ((a - b.float()).abs() <= near).all()
+            total, moved = total + a.numel(), moved + int((a != b.float()).sum())
+            b.data.copy_(a)
+    assert 0 < total and moved <= total/200
+    assert launches == launches_of(c.name, steps_of(c.name))
+
+def assert_same_after(name, steps, shapes=SMALL, n_groups=1, **kwargs):
+    "The same parameters and state on native and here after `steps(opt, params)`"
+    def run(way):
+        params = make_params(shapes)
+        return snapshot_without_grads(steps, build(name, split(params, n_groups), way, **kwargs), params)
+    assert_same(run('native'), run('fused'), 2*TOLERANCE['fused'])
+
+@interpreted
+@pytest.mark.parametrize('name,kwargs', [pytest.param(name, kwargs, id=f'{name}-{show(kwargs)}') for name,kwargs,ways in VARIANTS if 'fused' in ways])
+def test_variant(name, kwargs, launches):
+    "Hyperparameters and settings away from their defaults, with a parameter that misses steps and zeros, where norms vanish"
+    grads = [[None if i == 1 and t%2 else g*0 if i == 4 else g for i,g in enumerate(gs)] for t,gs in enumerate(make_grads(tuple(SMALL.values()), steps=4))]
+    def steps(opt, params):
+        with torch.no_grad(): params[0].zero_()
+        train(opt, params, grads)
+    assert_same_after(name, steps, **kwargs)
+
+@interpreted
+@pytest.mark.parametrize('name', NAMES)
+def test_launches_for_any_number_of_groups(name, launches):
+    "One launch a step, and one more for norms, with 1, 3 and 10 groups"
+    shapes = [(3,)]*10
+    for n_groups in (1, 3, 10):
+        launches.clear()
+        assert_same_after(name, lambda opt, params: train(opt, params, make_grads(tuple(shapes), steps=2)), shapes, n_groups)
+        assert launches == launches_of(name, 2)
+
+def view_of(p, offset, order=None):
+    "`p` at a place `offset` elements into its memory, where `order` is the layout of its dimensions there"
+    order = order or range(p.ndim)
+    memory = torch.zeros(p.numel() + offset, dtype=p.dtype)[offset:].view([p.shape[d] for d in order])
+    view = memory.permute(*np.argsort(order).tolist())
+    return view.copy_(p)
+
+@interpreted
+@pytest.mark.parametrize('name', ('Adam', 'Lamb'))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('tensor', ['param', 'grad', 'sqr_avg'])
+def test_unaligned_and_permuted(name, dtype, tensor, launches):
+    "Tensors that start anywhere, alone or together with others, and layouts like channels_last"
+    shapes = [(32, 40), (4, 8, 8, 8)]
+    def run(place):
+        params = make_params(shapes, dtype)
+        layouts = [(p, None, None) if not place else (p, 1, None) if p.ndim == 2 else (p, 3, (0, 2, 3, 1)) for p in params]
+        def moved(t, i): return view_of(t, *layouts[i][1:]) if place else t
+        def like(t, i): return t if not place or t.ndim == 2 else view_of(t, 0, (0, 2, 3, 1))
+        params = [(moved if tensor == 'param' else like)(p, i) for i,p in enumerate(params)]
+        opt = build(name, params, 'fused', lr=.1, wd=.1)
+        for t,gs in enumerate(make_grads(tuple(shapes), dtype, 2)):
+            for i,(p,g) in enumerate(zip(params, gs)): p.grad = (moved if tensor == 'grad' else like)(g.clone(), i)
+            opt.step()
+            if t == 0 and tensor == 'sqr_avg':
+                for i,p in enumerate(params): opt.state[p]['sqr_avg'] = moved(opt.state[p]['sqr_avg'], i)
+        return snapshot(opt, params)
+    before = run(False)
+    steps = dict(launches)
+    after = run(True)
+    assert launches == {k: 2*v for k,v in steps.items()}
+    assert_same(before, after, TOLERANCE['fused'] if name == 'Lamb' and dtype == torch.float32 else 2.) # permuted elements are summed in another order
+
+@interpreted
+@pytest.mark.parametrize('name', ('Larc', 'Lamb'))
+def test_chunks_of_several_blocks(name, launches, monkeypatch):
+    "A large parameter has at most `MOST` chunks, which are then several blocks; here at most 2"
+    monkeypatch.setattr(cuda, 'MOST', 2)
+    monkeypatch.setattr(cuda, 'constants', cuda.constants.__wrapped__)
+    shapes = dict(large=(41, 125), vector=(10,), two=(2048,)) # 5 blocks and 5 elements: one chunk of three blocks, and one of less
+    assert_same_after(name, lambda opt, params: train(opt, params, make_grads(tuple(shapes.values()), steps=2)), shapes)
+
+@interpreted
+@pytest.mark.parametrize('name', NAMES)
+def test_mixed_dtypes(name, launches):
+    "Each dtype is a launch of its own"
+    def run(way):
+        params = [p.to(dtype) for p,dtype in zip(make_params([(5, 7)]*4), (torch.float32, torch.float64)*2)]
+        opt = build(name, split(params, 2), way)
+        def steps(opt, params):
+            for gs in make_grads(((5, 7),)*4, torch.float64, 2): step_with(opt, params, [g.to(p.dtype) for g,p in zip(gs, params)])
+        return snapshot_without_grads(steps, opt, params)
+    assert_same(run('native'), run('fused'), TOLERANCE['fused'])
+    assert launches == {k: 2*v for k,v in launches_of(name, 2).items()}
