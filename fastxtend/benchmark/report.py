@@ -11,10 +11,12 @@ from datetime import date
 import numpy as np, pandas as pd, torch
 from fastai.torch_basics import *
 
+from ..callback.profiler import markdown_table, number
+
 # %% auto #0
-__all__ = ['PACKAGES', 'PUBLISHED_ON', 'PUBLISHED', 'METHOD', 'COLORS', 'cpu_name', 'versions', 'machine', 'number',
-           'markdown_table', 'frame', 'pivot', 'time_cell', 'published_table', 'step_report', 'plot_speedups',
-           'plot_roofline', 'plot_scaling', 'save_plots']
+__all__ = ['PACKAGES', 'PUBLISHED_ON', 'PUBLISHED', 'METHOD', 'COLORS', 'cpu_name', 'versions', 'machine', 'frame', 'pivot',
+           'time_cell', 'published_table', 'step_report', 'plot_speedups', 'plot_roofline', 'plot_scaling',
+           'save_plots']
 
 # %% ../../nbs/benchmark.report.ipynb #767693c6
 PACKAGES = ('fastxtend', 'fastai', 'torch', 'numba', 'triton', 'timm', 'transformers', 'torch-optimi')
@@ -44,28 +46,7 @@ def machine(
     facts['System'] = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     return {**facts, 'Versions': ', '.join(f'{k} {v}' for k,v in versions().items()), 'Date': str(date.today())}
 
-# %% ../../nbs/benchmark.report.ipynb #4b438262
-def number(
-    x:float, # A number
-    digits:int=3, # Significant ones
-) -> str:
-    "`x` with `digits` significant digits, in plain notation"
-    if not math.isfinite(x): return '-'
-    if x == 0: return '0'
-    decimals = max(digits - 1 - math.floor(math.log10(abs(x))), 0)
-    return f'{x:.{decimals}f}'
-
-def markdown_table(
-    rows:list, # Lists of cells
-    header:list, # Names of the columns
-    left:int=1, # How many columns are text, and aligned to the left
-) -> str:
-    "A table in Markdown"
-    def line(cells): return '| ' + ' | '.join(map(str, cells)) + ' |'
-    rule = [':--' if i < left else '--:' for i in range(len(header))]
-    return '\n'.join([line(header), line(rule), *map(line, rows)])
-
-# %% ../../nbs/benchmark.report.ipynb #3845b4bc
+# %% ../../nbs/benchmark.report.ipynb #e422e578
 def frame(
     results:list, # Dataclasses
 ) -> pd.DataFrame:
@@ -99,7 +80,7 @@ def _heading(model, groups, part):
     size = f"{part.tensors.iloc[0]} tensors, {part.elements.iloc[0]/1e6:.3g} million parameters"
     return f"### {model}{f', {groups} groups' if groups > 1 else ''}\n\n{size}\n"
 
-# %% ../../nbs/benchmark.report.ipynb #76f63743
+# %% ../../nbs/benchmark.report.ipynb #0b0d00bc
 PUBLISHED_ON = "GeForce 3080 Ti, PyTorch 1.12.1, mixed precision, channels last except ViT and DeBERTa"
 PUBLISHED = {  # (model, groups): milliseconds of native, foreach and jit, and by how many percent foreach and jit were faster
     1: {('XResNet18', 1): (26, 12, 20, 109, 29), ('XResNet50', 1): (56, 32, 46, 74, 20), ('XSE-ResNeXt50', 1): (72, 43, 61, 68, 18),
@@ -131,7 +112,7 @@ def published_table(
     header = ['Model', 'Groups', '', 'fastai', 'ForEach', 'faster', 'JIT', 'faster', 'Fused', 'faster']
     return markdown_table(lines, header, 3) if lines else ''
 
-# %% ../../nbs/benchmark.report.ipynb #6c3ef581
+# %% ../../nbs/benchmark.report.ipynb #29d17e91
 METHOD = ("All contestants of one optimizer on one model take turns in random order in one process, on the same parameters and gradients, each "
           "with its own state, after seven steps to warm up. Times are medians of a step (of `k` consecutive ones, divided by `k`, with "
           "Lookahead); the number behind is how many times faster than fastai native. The share of the copy bandwidth compares the fewest "
@@ -158,7 +139,7 @@ def step_report(
     if skipped: parts += ['## Left out\n', *(f'- {k}: {v}' for k,v in skipped.items()), '']
     return '\n'.join(parts)
 
-# %% ../../nbs/benchmark.report.ipynb #09c9151e
+# %% ../../nbs/benchmark.report.ipynb #cbf95fd2
 COLORS = dict(native='#7f7f7f', foreach='#1f77b4', jit='#2ca02c', fused='#d62728', torch_loop='#c7c7c7', torch_foreach='#aec7e8',
               torch_fused='#ff9896', torch_compiled='#c5b0d5', optimi='#ffbb78', timm='#c49c94')
 
@@ -197,28 +178,28 @@ def plot_speedups(
             at = np.arange(len(optimizers)) + (i - (len(backends) - 1)/2)*.8/len(backends)
             ax.bar(at, [found.get(o, 0) for o in optimizers], .8/len(backends), color=COLORS[b], label=b)
         ax.axhline(1, color=COLORS['native'], lw=1, label='native')
-        ax.set_xticks(range(len(optimizers)), optimizers)
+        ax.set_xticks(range(len(optimizers)), optimizers, fontsize=8)
         _tidy(ax, title=model + (f', {groups} groups' if groups > 1 else ''), ylabel='times faster than native')
     _legend(fig, axs[0])
     return fig
 
 def plot_roofline(
     df:pd.DataFrame, # Results
-    optimizer:str=None, # Which one; the first if not given
+    optimizer:str=None, # Which one; Adam, or else the first, if not given
 ):
-    "Bytes a step moves in a second against the bytes it has to move: overhead limits small models, memory bandwidth large ones"
-    df = df[(df.optimizer == (optimizer or df.optimizer.iloc[0])) & (df.groups == df.groups.min())]
-    df = df.assign(mb=(df.gb_s*df.ms).round(6))
-    fig, (ax,) = _axes(1, 9, 5)
-    roof = df.groupby('mb').agg(dict(copy_gb_s='first', model='first'))
-    ax.plot(roof.index, roof.copy_gb_s, color='black', lw=2, ls='--', label='a.add_(b)')
+    "Bytes a step moves in a second, by model, smallest first: small ones are limited by overhead, large ones by the memory"
+    if optimizer is None: optimizer = 'Adam' if 'Adam' in set(df.optimizer) else df.optimizer.iloc[0]
+    df = df[(df.optimizer == optimizer) & (df.groups == df.groups.min())]
+    models = df.groupby('model').agg(dict(elements='first', gb_s='first', ms='first', copy_gb_s='first')).sort_values('elements')
+    place = {m: i for i,m in enumerate(models.index)}
+    fig, (ax,) = _axes(1, 9, 4.5)
+    ax.plot(range(len(models)), models.copy_gb_s, color='black', lw=2, ls='--', label='a.add_(b)')
     for b,part in df.groupby('backend', sort=False):
-        part = part.sort_values('mb')
-        ax.plot(part.mb, part.gb_s, 'o-', color=COLORS[b], label=b)
-    for mb,copy,model in roof.itertuples():
-        ax.annotate(model, (mb, df.gb_s.max()), rotation=45, fontsize=8, va='bottom', xytext=(0, 18), textcoords='offset points')
-    ax.set(xscale='log', yscale='log', ylim=(df.gb_s.min()/1.5, max(roof.copy_gb_s.max(), df.gb_s.max())*4))
-    _tidy(ax, title=f'{df.optimizer.iloc[0]}: memory traffic', xlabel='MB a step has to move', ylabel='GB/s')
+        part = part.sort_values('elements')
+        ax.plot(part.model.map(place), part.gb_s, 'o-', color=COLORS[b], label=b)
+    ax.set_xticks(range(len(models)), [f'{m}\n{number(r.gb_s*r.ms)} MB' for m,r in models.iterrows()], fontsize=8)
+    ax.set_yscale('log')
+    _tidy(ax, title=f'{optimizer}: memory traffic', xlabel='model, and what a step has to move at the least', ylabel='GB/s')
     _legend(fig, ax)
     return fig
 
@@ -242,7 +223,7 @@ def plot_scaling(
     _legend(fig, axs[0])
     return fig
 
-# %% ../../nbs/benchmark.report.ipynb #04827d43
+# %% ../../nbs/benchmark.report.ipynb #726b6df7
 def save_plots(
     df:pd.DataFrame, # Results
     folder:Path, # Where to
