@@ -145,8 +145,7 @@ def view_of(p, offset, order=None):
     "`p` at a place `offset` elements into its memory, where `order` is the layout of its dimensions there"
     order = order or range(p.ndim)
     memory = torch.zeros(p.numel() + offset, dtype=p.dtype)[offset:].view([p.shape[d] for d in order])
-    view = memory.permute(*np.argsort(order).tolist())
-    return view.copy_(p)
+    return memory.permute([order.index(d) for d in range(p.ndim)]).copy_(p)
 
 @interpreted
 @pytest.mark.parametrize('name', ('Adam', 'Lamb'))
@@ -195,3 +194,93 @@ def test_mixed_dtypes(name, launches):
         return snapshot_without_grads(steps, opt, params)
     assert_same(run('native'), run('fused'), TOLERANCE['fused'])
     assert launches == {k: 2*v for k,v in launches_of(name, 2).items()}
+
+# --- Launched: what a GPU would be told
+
+class Driver:
+    "Stands in for the driver of a GPU: compiles for it, and writes down the launches"
+    def __init__(self): self.launches, self.utils = [], self
+    def get_current_target(self): return GPUTarget('cuda', 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_device_properties(self, device): return dict(max_shared_mem=2**17)
+    def load_binary(self, *args): return object(), None, 0, 0, 1024
+    def unload_module(self, module): pass
+    def launcher_cls(self, src, metadata):
+        def launch(x, y, z, *args): self.launches.append((src.fn.__name__, (x, y, z), args[6:]))
+        return launch
+
+@pytest.fixture
+def driver(monkeypatch):
+    from triton.runtime import driver as active
+    res = Driver()
+    monkeypatch.setattr(active, '_active', res)
+    for k in (step_kernel, norms_kernel): monkeypatch.setattr(k, 'device_caches', type(k.device_caches)(k.create_binder))
+    return res
+
+def variants(): return sum(len(k.device_caches[0][0]) for k in (step_kernel, norms_kernel))
+
+@compiled
+@pytest.mark.parametrize('name', NAMES)
+def test_launched_once_and_compiled_once(name, driver):
+    "The same machine code whatever the sizes, groups, step counts and alignment, and one launch a step (two with norms)"
+    rules = 2 if OPTIMIZERS[name].rule_sync else 1
+    for n_groups,offset in ((1, 0), (3, 1)):
+        params = [view_of(p, offset) for p in make_params(SIZES)]
+        opt = build(name, split(params, n_groups), 'fused')
+        train(opt, params, make_grads(tuple(SIZES.values()), steps=6))
+        assert Counter(o[0] for o in driver.launches) == launches_of(name, 6)
+        assert variants() == rules + (OPTIMIZERS[name].norms is not None)
+        params, owners = driver.launches[-1][2][:2]
+        assert owners.tolist() == sorted(owners.tolist()) and all(o[1] == (len(owners), 1, 1) for o in driver.launches)
+        driver.launches.clear()
+
+@compiled
+@pytest.mark.parametrize('name', NAMES)
+def test_only_what_changed_is_uploaded(name, driver, monkeypatch):
+    "Addresses and chunks in the first step, and then only rows, in one copy; nothing if nothing changed"
+    uploads = []
+    def upload(src, dst):
+        uploads.append(len(src))
+        dst.copy_(torch.from_numpy(src))
+    monkeypatch.setattr(cuda, 'upload', upload)
+    params = make_params([(3,)]*50)
+    opt = build(name, split(params, 2), 'fused')
+    set_grads(params, make_params([(3,)]*50))
+    steps = []
+    for t in range(4):
+        uploads.clear()
+        opt.set_hyper('lr', .1/(t+1))
+        opt.step()
+        steps.append(list(uploads))
+    assert len(steps[0]) == 2 and steps[0][1] > 50*7*8
+    for uploads in steps[1:]: assert len(uploads) == 1 and uploads[0] <= 2*20*4
+    if not opt.spec.counts_steps:
+        uploads.clear()
+        opt.step()
+        assert not uploads
+
+# --- Compiled ahead of time
+
+EVERY = {f'{rule.__name__}-{kind}': (rule, spec, kind) for spec in OPTIMIZERS.values()
+         for rule in (spec.rule, spec.rule_no_mom, spec.rule_beta, spec.rule_sync) if rule is not None
+         for kind in (('norms', 'step') if spec.norms else ('step',))}
+
+AHEAD = [(75, torch.float32), (80, torch.float32), (90, torch.float32), (75, torch.float16), (80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float64)]
+
+@compiled
+@pytest.mark.parametrize('arch,dtype', AHEAD, ids=lambda o: str(o).replace('torch.', ''))
+@pytest.mark.parametrize('kernel', EVERY)
+def test_machine_code(kernel, arch, dtype):
+    "No registers spilled; on the main path all loads and stores are of 16 bytes, and each tensor is read once and written once"
+    rule, spec, kind = EVERY[kernel]
+    step, norms = constants(rule, spec.norms, spec.trust, dtype)
+    code = compile_ahead(*((norms_kernel, norms) if kind == 'norms' else (step_kernel, step)), arch)
+    assert code.spilled == 0
+    assert code.registers <= 96 # so that five programs fit on a multiprocessor
+    read, written = (norms['n_read'], 0) if kind == 'norms' else (step['n_tensors'], step['n_tensors'] - 1)
+    wide = 'v2.b64' if dtype == torch.float64 else 'v4.b32'
+    per_thread = step['BLOCK']*dtype.itemsize//(32*cuda.WARPS*16)
+    found = [len(re.findall(rf'{op}\.global\.{re.escape(wide)}', code.ptx)) for op in ('ld', 'st')]
+    assert found == [read*per_thread, written*per_thread]
+    if dtype == torch.bfloat16 and written: assert re.search(r'cvt\.rn\S*\.bf16', code.ptx) # rounded to nearest
