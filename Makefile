@@ -1,0 +1,54 @@
+# make demo and make test are the two commands to know. Each sets up what it needs, and starts in seconds when that is there.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev,fused,bench
+CONSTRAINTS ?= constraints.txt
+DATA ?=
+
+bin := $(VENV)/bin
+ready := $(VENV)/.ready
+
+.PHONY: help demo test setup sync nbtest pytest readme export oldest clean
+
+help: ## This list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: setup ## Train on handwritten digits with all backends (or DATA=folder of images), and compare
+	$(bin)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
+
+test: setup ## All checks: sync, nbtest, pytest
+	@$(MAKE) --no-print-directory sync
+	@$(MAKE) --no-print-directory nbtest
+	@$(MAKE) --no-print-directory pytest
+
+setup: $(ready) ## Virtual environment in .venv with everything installed
+
+$(ready): settings.ini setup.py pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or later is needed, and $(PYTHON) is {sys.version.split()[0]}" if sys.version_info < (3, 10) else 0)'
+	@echo "Installing into $(VENV): this takes some minutes and about 7 GB, once"
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet -e ".[$(EXTRAS)]" -c $(CONSTRAINTS)
+	@touch $@
+
+sync: setup ## Do modules and README.md agree with the notebooks?
+	@PATH="$(abspath $(bin)):$$PATH" bash .ci/sync
+
+nbtest: setup ## Run the notebooks
+	$(bin)/nbdev-test --n_workers 1 --do_print
+
+pytest: setup ## Run the tests; ARGS="-k adam" chooses
+	$(bin)/python -m pytest $(ARGS)
+
+readme: setup ## README.md from nbs/index.ipynb
+	$(bin)/python .ci/readme.py
+
+export: setup ## Modules and README.md from the notebooks
+	$(bin)/nbdev-export
+	$(bin)/python .ci/readme.py
+
+oldest: ## Run the tests with the oldest versions that settings.ini allows (PYTHON=python3.10)
+	@$(MAKE) --no-print-directory pytest VENV=.venv-oldest CONSTRAINTS=.ci/oldest.txt EXTRAS=fused,test
+
+clean: ## Remove what was built, but not the environment
+	rm -rf build dist *.egg-info demo_out bench_out _docs _proc .pytest_cache .hypothesis
+	find fastxtend tests examples -name __pycache__ -prune -exec rm -rf {} +
