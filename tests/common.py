@@ -102,18 +102,17 @@ def lookahead(opt):
     return dict(count=opt.count, slow_weights=[list(pg) for pg in opt.slow_weights or []])
 
 def distance(a, b):
-    "Greatest difference between two tensors in units of eps, relative to the greatest element; infinite if only one has a NaN somewhere"
+    """Greatest difference between two tensors in units of eps, relative to the greatest element; infinite if only one has a NaN somewhere.
+    A lone number may come close to zero by cancellation: it is taken for at least .1"""
     a, b = a.detach(), b.detach()
     assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
     assert a.layout == b.layout and a.device == b.device, (a.layout, b.layout, a.device, b.device)
     if a.layout is not torch.strided: a, b = a.to_dense(), b.to_dense()
     if not a.numel() or a.is_meta or torch.equal(a, b): return 0.
     if not torch.equal(a.isfinite(), b.isfinite()) or not torch.equal(a[~a.isfinite()].nan_to_num(), b[~b.isfinite()].nan_to_num()): return math.inf
-    eps, (a, b) = torch.finfo(a.dtype).eps, (x[x.isfinite()].double() for x in (a, b))
-    scale = max(float(a.abs().max()), torch.finfo(torch.float32).tiny) if a.numel() else 1.
-    return float((a - b).abs().max())/scale/eps if a.numel() else 0.
-
-def _number(x): return float(x) if isinstance(x, (Tensor, float)) else x
+    floor, eps = .1 if a.ndim == 0 else torch.finfo(torch.float32).tiny, torch.finfo(a.dtype).eps
+    a, b = (x[x.isfinite()].double() for x in (a, b))
+    return float((a - b).abs().max())/max(float(a.abs().max()), floor)/eps if a.numel() else 0.
 
 def compare(a, b, path='', ratio_name='local_lr'):
     "Pairs of a path and a distance, of all tensors in two snapshots; everything else has to be equal"
@@ -124,7 +123,7 @@ def compare(a, b, path='', ratio_name='local_lr'):
         assert len(a) == len(b), path
         for i,(x,y) in enumerate(zip(a, b)): yield from compare(x, y, f'{path}[{i}]')
     elif path.endswith(ratio_name): # native keeps a number or a tensor, as the case may be
-        yield path, distance(*(torch.as_tensor(float(x), dtype=torch.float32) for x in (a, b)))
+        yield path, distance(*(torch.tensor([float(x)]) for x in (a, b)))
     elif isinstance(a, Tensor): yield path, distance(a, b)
     elif isinstance(a, np.ndarray): assert np.array_equal(a, b), path
     else: assert a == b or (a != a and b != b), f"{path}: {a} and {b}"
