@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/basics.ipynb #8b445eef
+# %% ../nbs/basics.ipynb #2a3ff335
+from .callback.profiler import SimpleProfilerCallback
 from .optimizer import all as _optimizer
 from .optimizer.all import *
 
-__all__ = [*_optimizer.__all__]
+__all__ = [*_optimizer.__all__, 'SimpleProfilerCallback']

@@ -9,12 +9,13 @@ import shlex, warnings
 
 import torch
 from fastai.torch_basics import *
-from fastcore.script import call_parse
+from fastcore.script import CliError, call_parse
 from fastprogress.fastprogress import progress_bar
 
 from .models import MODELS, look_up, model_name
 from .report import frame, machine, save_plots, step_report
-from .steps import CONTESTANTS, Benchmark, choose, choose_backends, device_name, optimizer_name, recommend
+from .steps import CONTESTANTS, OURS, Benchmark, choose, choose_backends, device_name, optimizer_name, recommend
+from .training import TASKS, TrainingBenchmark, plot_epochs, task_name, training_report
 from ..optimizer.core import OPTIMIZERS
 
 # %% auto #0
@@ -35,26 +36,48 @@ def command(
 def _known():
     "All names, for `--list`"
     peers = [f"{c.name} ({c.package})" for c in CONTESTANTS.values()]
-    return '\n'.join(f"{k}: {', '.join(v)}" for k,v in dict(models=MODELS, optimizers=OPTIMIZERS, backends=peers).items())
+    return '\n'.join(f"{k}: {', '.join(v)}" for k,v in dict(models=MODELS, optimizers=OPTIMIZERS, backends=peers, tasks=TASKS).items())
 
-def _save(df, facts, skipped, folder, name, plots=True):
-    "Write CSV, Markdown and PNG files, and return their paths"
+def _write(df, text, folder, name):
+    "Write the results as CSV and Markdown, and return the paths"
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder/f'{name}.csv', folder/f'{name}.md']
-    df.to_csv(files[0], index=False, float_format='%.6g')
-    files[1].write_text(step_report(df, facts, skipped))
-    return files + (save_plots(df, folder, name) if plots else [])
+    csv, md = folder/f'{name}.csv', folder/f'{name}.md'
+    df.to_csv(csv, index=False, float_format='%.6g')
+    md.write_text(text)
+    return [csv, md]
+
+def _tell(bench, text, files):
+    "Print the report"
+    if bench.interrupted: print('\nInterrupted: this is what was measured until then')
+    print('\n' + text)
+    print('Saved', ', '.join(map(str, files)))
 
 def _steps(bench, seconds, facts, folder, name):
-    "Run the benchmark of the bare step, keeping what there is in files"
-    def keep(bench): _save(frame(bench.results), facts, bench.skipped, folder, name, plots=False)
+    "Run the benchmark of the bare step; what there is is on disk after each contest"
+    def report(df): return step_report(df, facts, bench.skipped)
+    def keep(bench): _write(frame(bench.results), report(frame(bench.results)), folder, name)
     bench.run(seconds, keep, progress_bar)
-    if bench.interrupted: print('\nInterrupted: what was measured until now is kept')
-    if not bench.results: return print('Nothing was measured:', bench.skipped or 'there was no time')
+    if not bench.results: raise CliError(f"Nothing was measured{''.join(f'. {k}: {v}' for k,v in bench.skipped.items())}")
     df = frame(bench.results)
-    files = _save(df, facts, bench.skipped, folder, name)
-    print('\n' + step_report(df, facts, bench.skipped))
-    print('Saved', ', '.join(map(str, files)))
+    _tell(bench, report(df), _write(df, report(df), folder, name) + save_plots(df, folder, name))
+
+def _train(bench, epochs, facts, folder, name):
+    "Run the benchmark of whole training"
+    if not bench.run(epochs, progress_bar): raise CliError(f"Nothing was measured{''.join(f'. {k}: {v}' for k,v in bench.skipped.items())}")
+    df = frame(bench.results)
+    text, png = training_report(df, facts, bench.skipped), folder/f'{name}_epoch.png'
+    files = _write(df, text, folder, name)
+    plot_epochs(bench.frames).savefig(png, dpi=110)
+    _tell(bench, text, [*files, png])
+
+def _own(name): return look_up('backend', name, OURS)
+
+def _numbers(text):
+    "Positive numbers separated by commas"
+    try: res = [int(o) for o in text.split(',')]
+    except ValueError: res = []
+    if not res or min(res) < 1: raise CliError(f"'{text}' are no numbers of groups: give one or several, as in 1,2,4")
+    return res
 
 def _recommend(models, optimizers, seconds, **kwargs):
     for m in models:
@@ -64,18 +87,20 @@ def _recommend(models, optimizers, seconds, **kwargs):
 @call_parse
 def main(
     models:str='XResNet18,XResNet50,tiny', # Models, separated by commas: of the table, module:function of your own, NxM for N vectors of M elements, or all
-    optimizers:str='', # Optimizers (default: all)
-    backends:str='', # Backends and peers, or all (default: those that need no compiler)
+    optimizers:str='', # Optimizers, all if not given
+    backends:str='', # Backends and peers, or all; those that need no compiler and no other package if not given
     groups:str='1', # Numbers of parameter groups, with discriminative learning rates if there are several
     device:str='cpu', # cpu or cuda
     dtype:str='float32', # Of parameters, gradients and state
     seconds:float=3., # Time for measuring each optimizer on each model, at least five rounds
-    threads:int=0, # Threads that PyTorch may use (default: its own choice)
+    train:str='', # Measure whole training instead: digits, tabular, or all; with Adam if no optimizers are given
+    epochs:int=5, # Epochs of training to measure
+    threads:int=0, # Threads that PyTorch may use, its own choice if 0
     out:str='bench_out', # Folder for the results
-    name:str='steps', # How the names of the files begin
+    name:str='', # How the names of the files begin: steps or training if not given
     quick:bool=False, # A first impression within a minute
-    recommend:bool=False, # Only name the fastest backend for each of the models
-    list:bool=False, # Only list the known models, optimizers and backends
+    recommend:bool=False, # Only name the fastest backend for each of the models, with Adam if no optimizers are given
+    list:bool=False, # Only list the known models, optimizers, backends and tasks
 ):
     "What an optimizer step costs: time, share of the memory bandwidth, operations and memory of each backend, on the shapes of known models"
     args = {k: v for k,v in locals().items() if v != inspect.signature(main).parameters[k].default}
@@ -83,10 +108,12 @@ def main(
     if quick: models, optimizers, seconds = QUICK['models'], QUICK['optimizers'], QUICK['seconds']
     if threads: torch.set_num_threads(threads)
     models = choose(models if models != 'all' else [*MODELS], model_name)
-    optimizers = choose(optimizers or [*OPTIMIZERS], optimizer_name)
+    optimizers = choose(optimizers or (['Adam'] if train or recommend else [*OPTIMIZERS]), optimizer_name)
     kwargs = dict(device=device_name(device), dtype=DTYPES[look_up('dtype', dtype, [*DTYPES])])
-    groups = [int(g) for g in groups.split(',')]
+    groups, facts = _numbers(groups), {**machine(device), 'Command': f'`{command(args)}`'}
     warnings.filterwarnings('ignore')
     if recommend: return _recommend(models, optimizers, seconds, groups=groups[0], **kwargs)
-    bench = Benchmark(models, optimizers, choose_backends(backends), groups, **kwargs)
-    _steps(bench, seconds, {**machine(device), 'Command': f'`{command(args)}`'}, Path(out), name)
+    if train:
+        bench = TrainingBenchmark(choose(train if train != 'all' else [*TASKS], task_name), optimizers, choose(backends, _own) or OURS, device)
+        return _train(bench, epochs, facts, Path(out), name or 'training')
+    _steps(Benchmark(models, optimizers, choose_backends(backends), groups, **kwargs), seconds, facts, Path(out), name or 'steps')

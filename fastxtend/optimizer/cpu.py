@@ -22,7 +22,7 @@ from .rules import SLOTS, compile_rule, rule_args, rule_row, rule_slots
 # %% auto #0
 __all__ = ['i64_ptr', 'f64_ptr', 'FORMATS', 'CHUNK', 'SERIAL', 'call_chunk', 'half_to_float', 'float_to_half', 'bits_to_float',
            'float_to_bits', 'bfloat_to_float', 'float_to_bfloat', 'same', 'Format', 'chunk_source', 'with_cache',
-           'compiled', 'driver', 'drive', 'Chunks', 'call_describe', 'call_clear', 'compiled_probe', 'step_kernels',
+           'compiled', 'driver', 'drive', 'Tables', 'call_describe', 'call_clear', 'compiled_probe', 'step_kernels',
            'row_names']
 
 # %% ../../nbs/optimizer.cpu.ipynb #b7901467
@@ -122,10 +122,14 @@ def {name}(tensors, start, n, row, out):
     {scalars} = {loads}
     {arrays} = {carrays}
     a_sqr = b_sqr = 0.
-    for i in range(n):
-        a, b = rule({elements}, {scalars})
-        a_sqr += np.float64(a)*np.float64(a)
-        b_sqr += np.float64(b)*np.float64(b)
+    for first in range(0, n, 512):
+        a_part = b_part = zero
+        for i in range(first, min(first + 512, n)):
+            a, b = rule({elements}, {scalars})
+            a_part += a*a
+            b_part += b*b
+        a_sqr += a_part
+        b_sqr += b_part
     sums = carray(f64_ptr(out), 2)
     sums[0], sums[1] = a_sqr, b_sqr
 '''
@@ -162,7 +166,7 @@ def with_cache(
 ):
     "`make(cache=True)`, or without the cache if there is no place to keep it"
     try: return make(cache=True)
-    except (RuntimeError, OSError): return make(cache=False)
+    except Exception: return make(cache=False)
 
 @lru_cache(None)
 def compiled(
@@ -175,8 +179,8 @@ def compiled(
     digest = hashlib.sha256((chunk_source(rule, fmt, row, norms) + _sources(rule)).encode()).hexdigest()[:12]
     name = f'{rule.__name__}_{str(fmt.dtype)[6:]}_{digest}'
     fastmath = {'contract', 'reassoc'} if norms else {'contract'}
-    env = dict(rule=compile_rule(rule, _math, _jit), carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr, np=np,
-               load=fmt.load, save=fmt.save, elements=_pointer_to(fmt.store), scalars=_pointer_to(fmt.compute), __name__=__name__)
+    env = dict(rule=compile_rule(rule, _math, _jit), carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr,
+               load=fmt.load, save=fmt.save, elements=_pointer_to(fmt.store), scalars=_pointer_to(fmt.compute), zero=fmt.numpy.type(0), __name__=__name__)
     exec(compile(chunk_source(rule, fmt, row, norms, name), __file__, 'exec'), env)
     return with_cache(lambda cache: cfunc(types.void(*[_i64]*5), cache=cache, error_model='numpy', fastmath=fastmath)(env[name]))
 
@@ -209,37 +213,34 @@ _lock = threading.Lock()
 def drive(
     fn:int, # Address of a chunk function
     table:np.ndarray, # The table of a `Probe`
-    chunks:Chunks, # What to do
+    tables:Tables, # What to do
     rows:np.ndarray, # Scalars: (rows, scalars)
     row_ids:np.ndarray, # Row of each parameter: (parameters,) of int64
     out:np.ndarray=np.empty((0, 2)), # Where a norms rule leaves its sums: (chunks, 2) of float64
 ):
     "Call `fn` for all chunks, on as many threads as PyTorch uses"
-    args = fn, table, chunks.table, rows, row_ids, out
+    args = fn, table, tables.chunks, rows, row_ids, out
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if chunks.total < SERIAL or threads == 1 or _forked: return driver(False, rows.dtype)(*args)
+    if tables.total < SERIAL or threads == 1 or _forked: return driver(False, rows.dtype)(*args)
     with _lock:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try: driver(True, rows.dtype)(*args)
         finally: numba.set_num_threads(before)
 
-@dataclass(frozen=True)
-class Chunks:
-    "Parameters cut into chunks of at most `CHUNK` elements"
-    table:np.ndarray # Parameter, first element and number of elements of each chunk: (chunks, 3) of int64
-    total:int # Number of elements
-
-    @classmethod
-    def of(cls,
-        sizes:np.ndarray, # Number of elements of each parameter
+class Tables:
+    "The work on a set of parameters, in chunks of at most `CHUNK` elements"
+    def __init__(self,
+        device:torch.device, # Of the parameters
+        sizes:np.ndarray, # Number of elements of each of all parameters: (all parameters,) of int64
         idxs:np.ndarray, # Positions of the parameters to take
     ):
         sizes = sizes[idxs]
         counts = -(-sizes//CHUNK)
         nth = np.repeat(np.arange(len(idxs)), counts)
         start = (np.arange(len(nth)) - np.repeat(np.cumsum(counts) - counts, counts))*CHUNK
-        return cls(np.stack([idxs[nth], start, np.minimum(sizes[nth] - start, CHUNK)], 1).astype(np.int64), int(sizes.sum()))
+        self.chunks = np.stack([idxs[nth], start, np.minimum(sizes[nth] - start, CHUNK)], 1).astype(np.int64)
+        self.total = int(sizes.sum())
 
 # %% ../../nbs/optimizer.cpu.ipynb #a2bc8d40
 @intrinsic
@@ -344,22 +345,22 @@ def step_kernels(
     trust:callable, # Turns the sums of squares into the row's `ratio`, or `None`
     dtype:torch.dtype, # Of all tensors
     table:np.ndarray, # The table of a `Probe`
-    chunks:Chunks, # What to do of it
+    tables:Tables, # Of the parameters to step
     rows:list, # Dicts of scalars
     row_ids:np.ndarray, # Row of each parameter
-) -> np.ndarray|None: # The `ratio` of each parameter, if there are norms
+) -> Tensor|None: # If there are norms, the `ratio` of each parameter that stepped, at its position: (all parameters,)
     "Step parameters of one dtype"
     fmt, names = FORMATS[dtype], row_names(rule, trust)
     values = np.array([[row.get(n, 0.) for n in names] for row in rows])
-    if norms is None: return drive(compiled(rule, fmt, names).address, table, chunks, values.astype(fmt.numpy), row_ids)
-    sums = np.zeros((len(chunks.table), 2))
-    drive(compiled(norms, fmt, names, norms=True).address, table, chunks, values.astype(fmt.numpy), row_ids, sums)
-    a_sqr, b_sqr = (np.bincount(chunks.table[:, 0], s, len(table)) for s in sums.T)
+    if norms is None: return drive(compiled(rule, fmt, names).address, table, tables, values.astype(fmt.numpy), row_ids)
+    sums = np.zeros((len(tables.chunks), 2))
+    drive(compiled(norms, fmt, names, norms=True).address, table, tables, values.astype(fmt.numpy), row_ids, sums)
+    a_sqr, b_sqr = (np.bincount(tables.chunks[:, 0], s, len(table)) for s in sums.T)
     values = values[row_ids]
     with np.errstate(all='ignore'): ratio = _trust(trust)(a_sqr, b_sqr, *(values[:, names.index(n)] for n in rule_args(trust)[2:]))
     values[:, names.index('ratio')] = ratio
-    drive(compiled(rule, fmt, names).address, table, chunks, values.astype(fmt.numpy), np.arange(len(table)))
-    return ratio
+    drive(compiled(rule, fmt, names).address, table, tables, values.astype(fmt.numpy), np.arange(len(table)))
+    return torch.from_numpy(ratio)
 
 @lru_cache(None)
 def row_names(

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .rules import compile_rule, rule_args, rule_row, rule_slots
 
+if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 5): raise ImportError(f"Triton 3.5 or later is needed, not {triton.__version__}")
+
 # %% auto #0
 __all__ = ['WARPS', 'MOST', 'OPTIONS', 'FORMATS', 'CHANGED', 'triton_rule', 'step_kernel', 'norms_kernel', 'Format', 'row_names',
            'constants', 'make_chunks', 'upload', 'Tables', 'step_kernels', 'MachineCode', 'compile_ahead']

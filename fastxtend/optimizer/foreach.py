@@ -63,8 +63,8 @@ def _decay(p, decay):
 
 def _with_l2(p, g, l2):
     "Gradients with L2 regularization added, in new tensors where there is any"
-    if _all(l2, 0.): return g
     idxs = [i for i in range(len(p)) if _nth(l2, i)]
+    if not idxs: return g
     p_, l2_, g_ = _only(idxs, p, l2, g)
     decayed = list(torch._foreach_mul(p_, _operand(p_, l2_)))
     torch._foreach_add_(decayed, g_)

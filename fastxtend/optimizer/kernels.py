@@ -5,8 +5,9 @@
 # %% ../../nbs/optimizer.kernels.ipynb #bf5e1f72
 from __future__ import annotations
 
-import importlib.util
+import importlib, importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np, torch
 from fastai.torch_basics import *
@@ -18,8 +19,8 @@ from .probe import DTYPES, OK, REASONS, Probe, ids_of, in_conflict, probe
 from .rules import compile_rule, rule_row, rule_slots
 
 # %% auto #0
-__all__ = ['step_widened', 'step_rule', 'Ran', 'Kernel', 'Plan', 'engine', 'warn_once', 'FusedOptimizer', 'sharing_memory',
-           'FusedLookahead']
+__all__ = ['ENGINES', 'NAMES', 'step_widened', 'step_rule', 'Ran', 'engine', 'warn_once', 'Kernel', 'Plan', 'FusedOptimizer',
+           'sharing_memory', 'FusedLookahead']
 
 # %% ../../nbs/optimizer.kernels.ipynb #26adc5a7
 def step_widened(
@@ -52,13 +53,37 @@ class Ran:
     backend:str # `numba`, `triton` or `foreach`
     reason:str = '' # Why no kernel took it
 
+ENGINES = {1: 'cpu', 2: 'cuda'} # Modules with kernels, by DLPack's number of the kind of device
+NAMES = dict(cpu='numba', cuda='triton')
+
+@lru_cache(None)
+def engine(
+    device:int, # DLPack's code of a device
+): # A module with `Tables` and `step_kernels`, or `None` if there is none for this device, or what it needs is not installed
+    "The module with the kernels for a device"
+    try: return importlib.import_module(f'fastxtend.optimizer.{ENGINES[device & 0xffffffff]}')
+    except (KeyError, ImportError): return None
+
+@lru_cache(None)
+def warn_once(
+    device:str, # Type of a device
+):
+    "Say that there is no kernel"
+    help = {'cpu': ': install Numba with `pip install fastxtend[fused]`', 'cuda': ': install Triton'}.get(device, '')
+    warn(f"`fused=True` has no kernel for {device} here{help}. These parameters are stepped with ForEach")
+
+def _check_numba(params):
+    "`ImportError` if there are parameters on the CPU and there is no Numba"
+    if any(p.device.type == 'cpu' for p in params) and importlib.util.find_spec('numba') is None:
+        raise ImportError("`fused=True` needs Numba for parameters on the CPU: `pip install fastxtend[fused]`, or use `foreach=True`")
+
 @dataclass(frozen=True)
 class Kernel:
     "A part of a step that is one call of a kernel"
     dtype:torch.dtype # Of all its tensors
     device:int # DLPack's code of the device
     idxs:np.ndarray # Positions of its parameters
-    chunks:object # Its work, as the engine wants it
+    tables:object # `Tables` of the engine
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,23 +98,10 @@ class Plan:
         i:int, # Position of a parameter
     ) -> tuple[str, str]: # Backend and reason
         "Where a parameter is stepped, and why"
-        if any(i in k.idxs for k in self.kernels): return 'numba', ''
+        for k in self.kernels:
+            if i in k.idxs: return NAMES[ENGINES[k.device & 0xffffffff]], ''
         if i in self.tangled: return 'foreach', 'shares memory with another parameter or its state'
         return 'foreach', REASONS[self.table[i, 0]] or f'no kernel for {self.params[i].device.type}'
-
-def engine():
-    from fastxtend.optimizer import cpu
-    return cpu
-
-_warned = set()
-def warn_once(msg):
-    if msg not in _warned: warn(msg)
-    _warned.add(msg)
-
-def _check_numba(params):
-    "`ImportError` if there are parameters on the CPU and there is no Numba"
-    if any(p.device.type == 'cpu' for p in params) and importlib.util.find_spec('numba') is None:
-        raise ImportError("`fused=True` needs Numba for parameters on the CPU: `pip install fastxtend[fused]`, or use `foreach=True`")
 
 # %% ../../nbs/optimizer.kernels.ipynb #b71cea2a
 class FusedOptimizer(ListOptimizer):
@@ -141,17 +153,27 @@ class FusedOptimizer(ListOptimizer):
         itemsizes = np.array([d.itemsize for d in DTYPES])[res.dtypes]
         tangled = []
         if in_conflict(res, itemsizes) or find_entangled([p for p,r in zip(batch.params, res.reasons) if r != OK]): tangled = sharing_memory(batch)
-        takes = (res.reasons == OK) & np.isin(res.devices & 0xffffffff, [1])
+        takes = (res.reasons == OK) & np.isin(res.devices, [d for d in np.unique(res.devices) if engine(d)])
         takes[tangled] = False
-        if last is not None and not tangled and not last.tangled and np.array_equal(last.table[:, :4], res.table[:, :4]): kernels = last.kernels
-        else:
-            kinds = np.unique(res.table[takes, 2:4], axis=0)
-            kernels = [Kernel(DTYPES[dtype], device, idxs := np.flatnonzero(takes & (res.dtypes == dtype) & (res.devices == device)),
-                              engine().Chunks.of(res.sizes, idxs)) for dtype,device in kinds]
+        same = last is not None and not tangled and not last.tangled and np.array_equal(last.table[:, :4], res.table[:, :4])
+        kernels = last.kernels if same else [self.kernel(batch, res, takes, *kind) for kind in np.unique(res.table[takes, 2:4], axis=0)]
         rest = [i for i in range(len(batch)) if not takes[i] and i not in tangled]
+        for i in rest:
+            if res.reasons[i] == OK: warn_once(batch.params[i].device.type)
         rest = groupby(rest, lambda i: (batch.params[i].device, batch.params[i].dtype)).values()
         self._memo['plan'] = Plan(batch.params, res.table, tangled, kernels, [*rest, *([i] for i in tangled)])
         return self._memo['plan']
+
+    def kernel(self,
+        batch:Batch, # What steps
+        res:Probe, # Its addresses and layouts
+        takes:np.ndarray, # Which parameters a kernel takes: (parameters,) of bool
+        dtype:int, # Position in `DTYPES`
+        device:int, # DLPack's code of a device
+    ) -> Kernel:
+        "The parameters of one dtype and device"
+        idxs = np.flatnonzero(takes & (res.dtypes == dtype) & (res.devices == device))
+        return Kernel(DTYPES[dtype], int(device), idxs, engine(device).Tables(batch.params[idxs[0]].device, res.sizes, idxs))
 
     def run_kernel(self,
         batch:Batch, # What steps
@@ -160,10 +182,11 @@ class FusedOptimizer(ListOptimizer):
     ):
         "Step parameters of one device and dtype in one kernel"
         row_ids = self.remember('row_ids', np.array, batch.row_ids)
-        ratio = engine().step_kernels(self.rule(batch), self.spec.norms, self.spec.trust, kernel.dtype, res.table, kernel.chunks, batch.rows, row_ids)
-        if self.spec.ratio_name:
-            ratio = ratio.tolist()
-            for i in kernel.idxs.tolist(): batch.states[i][self.spec.ratio_name] = ratio[i]
+        spec = self.spec
+        ratios = engine(kernel.device).step_kernels(self.rule(batch), spec.norms, spec.trust, kernel.dtype, res.table, kernel.tables, batch.rows, row_ids)
+        if spec.ratio_name:
+            ratios = ratios.unbind() if ratios.is_cuda else ratios.tolist()
+            for i in kernel.idxs.tolist(): batch.states[i][spec.ratio_name] = ratios[i]
 
     def run_without(self,
         batch:Batch, # Parameters of one device and dtype that no kernel can take
@@ -175,7 +198,7 @@ class FusedOptimizer(ListOptimizer):
         else: run(batch)
 
     def backend_report(self) -> L: # `Ran` of each parameter
-        "Which parameters ran where in the last step, and why"
+        "Which parameters ran where in the last step that had any, and why"
         plan = self._memo.get('plan')
         if plan is None: return L()
         place = {id(p): (i,j) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)}
