@@ -2,7 +2,6 @@
 down what it is told, and compiled ahead of time for three generations of GPUs"""
 import os, re, subprocess, sys
 from collections import Counter
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 
 from fastxtend.optimizer import cuda, kernels
+from fastxtend.optimizer.probe import probe
 from fastxtend.optimizer.cuda import compile_ahead, constants, norms_kernel, step_kernel
 
 # Triton decides when it is imported whether it interprets. So the first test runs the interpreted ones in a process of their own.
@@ -24,6 +24,7 @@ interpreted = pytest.mark.skipif(not INTERPRETS, reason="run by test_interpreted
 compiled = pytest.mark.skipif(INTERPRETS, reason="needs Triton's compiler")
 
 @compiled
+@pytest.mark.slow
 def test_interpreted_tests():
     done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__], env={**os.environ, 'TRITON_INTERPRET': '1'},
                           capture_output=True, text=True)
@@ -34,8 +35,10 @@ def test_interpreted_tests():
 @pytest.fixture(autouse=True)
 def on_cpu_tensors(monkeypatch):
     "Step CPU tensors with the CUDA kernels"
-    engine = SimpleNamespace(Chunks=SimpleNamespace(of=partial(cuda.Tables, torch.device('cpu'))), step_kernels=cuda.step_kernels)
-    monkeypatch.setattr(kernels, 'engine', lambda *args: engine)
+    monkeypatch.setitem(kernels.ENGINES, 1, 'cuda')
+    kernels.engine.cache_clear()
+    yield
+    kernels.engine.cache_clear()
 
 # --- Interpreted: the same numbers as fastai's own optimizers
 
@@ -194,6 +197,57 @@ def test_mixed_dtypes(name, launches):
         return snapshot_without_grads(steps, opt, params)
     assert_same(run('native'), run('fused'), TOLERANCE['fused'])
     assert launches == {k: 2*v for k,v in launches_of(name, 2).items()}
+
+class Graph:
+    "A CUDA graph of the interpreter: while it captures, launches are kept for later"
+    def __init__(self, monkeypatch):
+        self.launches, self.on, call = [], False, interpreter.GridExecutor.__call__
+        def keep(executor, *args, **kwargs):
+            if self.on: self.launches.append(lambda: call(executor, *args, **kwargs))
+            else: call(executor, *args, **kwargs)
+        monkeypatch.setattr(interpreter.GridExecutor, '__call__', keep)
+        monkeypatch.setattr(cuda.Tables, 'capturing', property(lambda tables: self.on))
+
+    def __enter__(self): self.on = True
+    def __exit__(self, *args): self.on = False
+
+    def replay(self):
+        for launch in self.launches: launch()
+
+def step_now(opt, tables, **kwargs):
+    "Everything in `opt`, on the engine itself"
+    batch = opt.gather()
+    opt.init_slots(batch)
+    table, row_ids = probe(*batch.tensors()).table, np.array(batch.row_ids)
+    cuda.step_kernels(opt.rule(batch), opt.spec.norms, opt.spec.trust, torch.float32, table, tables, batch.rows, row_ids, **kwargs)
+    return batch
+
+@interpreted
+@pytest.mark.parametrize('name', [n for n in NAMES if n != 'Ranger']) # its slow weights are synchronised in some steps only
+def test_captured_and_replayed(name, monkeypatch):
+    "A replayed step has the learning rate, momentum and step counts of its own time, not those of the capture"
+    shapes, graph = [(5, 7), (10,), ()], Graph(monkeypatch)
+    (ref, ref_params), (opt, params) = ((build(name, split(ps, 2), way), ps) for way in ('native', 'fused') for ps in [make_params(shapes)])
+    ref_anneal, anneal = one_cycle(ref), one_cycle(opt)
+    tables = cuda.Tables(torch.device('cpu'), np.array([p.numel() for p in params]), np.arange(3))
+    for t,gs in enumerate(make_grads(tuple(shapes), steps=5)):
+        ref_anneal(t/5)
+        step_with(ref, ref_params, gs)
+        anneal(t/5)
+        if t == 0:
+            set_grads(params, gs)
+            with graph, pytest.raises(RuntimeError, match='Take a step before'): step_now(opt, tables)
+            opt.count_step(step_now(opt, tables))
+            with pytest.raises(RuntimeError, match='was captured with other'): step_now(opt, tables, launch=False)
+            with graph: step_now(opt, tables)
+            continue
+        for p,g in zip(params, gs): p.grad.copy_(g)
+        opt.count_step(step_now(opt, tables, launch=False))
+        graph.replay()
+    def result(state_of, params): return [*params, *([state_of(p)[k] for k in opt.slot_names] for p in params), [state_of(p).get('step') for p in params]]
+    assert_same(result(ref.state.__getitem__, ref_params), result(opt.state.__getitem__, params), TOLERANCE['fused'])
+    opt.state[params[1]]['do_wd'] = False
+    with pytest.raises(RuntimeError, match='was captured with other'): step_now(opt, tables, launch=False)
 
 # --- Launched: what a GPU would be told
 
