@@ -1,0 +1,180 @@
+"The CPU kernels beside everything else: caches, threads, forks, shared memory, and devices that have no kernel"
+import os, subprocess, sys, textwrap, threading, warnings
+
+import pytest
+from common import *
+from fastxtend.optimizer import cpu, kernels
+from fastxtend.optimizer.probe import REASONS
+
+STEP = '''
+import warnings; warnings.filterwarnings('ignore')
+import torch
+from fastxtend.optimizer.all import *
+from fastxtend.optimizer import cpu, rules
+p = torch.nn.Parameter(torch.ones(300, 300)); p.grad = torch.ones_like(p)
+opt = Lamb([p], lr=.1, wd=0., fused=True)
+opt.step()
+rows = cpu.row_names(rules.lamb, rules.lamb_trust)
+'''
+
+def python(code, before='', **env):
+    "What `code` prints in a process of its own after a step, and `before` before it"
+    res = subprocess.run([sys.executable, '-c', before + STEP + textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, **env})
+    assert res.returncode == 0, res.stderr
+    return res.stdout.split()
+
+REPORT = "print(float(p[0, 0]), cpu.compiled(rules.lamb, cpu.FORMATS[torch.float32], rows).cache_hits, sum(cpu.driver(True, torch.ones(1).numpy().dtype).stats.cache_hits.values()))"
+
+def ones_like(params): return list(map(torch.ones_like, params))
+
+def test_second_process_does_not_compile(tmp_path):
+    first, second = (python(REPORT, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    assert first[1:] == ['0', '0'] and second[1:] == ['1', '1']
+    assert first[0] == second[0]
+
+@pytest.mark.parametrize('broken', ['CacheImpl._locator_classes = []', 'IndexDataCacheFile.save = lambda *_: open("/dev/null/x", "w")'])
+def test_cache_that_cannot_be_written(tmp_path, broken):
+    "With no place for it, or where a place refuses, the kernels are compiled in each process"
+    before = f"from numba.core.caching import *; from numba.core import caching; caching.{broken}"
+    assert python(REPORT, before, NUMBA_CACHE_DIR=str(tmp_path))[1:] == ['0', '0']
+
+def test_cache_that_is_damaged(tmp_path):
+    good = python(REPORT, NUMBA_CACHE_DIR=str(tmp_path))
+    files = [f for f in tmp_path.rglob('*') if f.suffix in ('.nbi', '.nbc')]
+    assert files
+    for f in files: f.write_bytes(f.read_bytes()[:40])
+    assert python(REPORT, NUMBA_CACHE_DIR=str(tmp_path))[0] == good[0]
+
+def test_cache_knows_a_rule_by_its_arithmetic():
+    "Two rules of one name do not share machine code"
+    def rule(p, g, lr): return (p - lr*g,)
+    first = cpu.compiled(rule, cpu.FORMATS[torch.float32], ('lr',)).address
+    def rule(p, g, lr): return (p + lr*g,)
+    assert cpu.compiled(rule, cpu.FORMATS[torch.float32], ('lr',)).address != first
+
+def test_step_in_a_forked_process():
+    "Threads do not survive a fork, and a step after one runs on a single thread"
+    code = '''
+    import os
+    result, done = os.pipe()
+    if os.fork() == 0:
+        opt.step()
+        os.write(done, repr(float(p[0, 0])).encode())
+        os._exit(0)
+    other = float(os.read(result, 99))
+    os.wait()
+    opt.step()
+    print(other == float(p[0, 0]))
+    '''
+    assert python(code) == ['True']
+
+def test_workers_of_a_dataloader():
+    "Worker processes that fork between steps"
+    code = '''
+    data = torch.utils.data.DataLoader(torch.arange(64.), batch_size=8, num_workers=2)
+    for epoch in range(2):
+        for x in data: opt.step()
+    print(opt.state[p]['step'])
+    '''
+    assert python(code) == ['17']
+
+@pytest.fixture
+def runs(monkeypatch):
+    "Which drivers were asked for"
+    asked, driver = [], cpu.driver
+    monkeypatch.setattr(cpu, 'driver', lambda parallel, dtype: (asked.append(parallel), driver(parallel, dtype))[1])
+    return asked
+
+@pytest.mark.parametrize('threads,size,parallel', [(1, 2**18, False), (2, 2**18, True), (2, 100, False)])
+def test_threads_are_those_of_torch(runs, threads, size, parallel):
+    before = torch.get_num_threads()
+    params = make_params([(size,)])
+    opt = build('Adam', params, 'fused')
+    try:
+        torch.set_num_threads(threads)
+        step_with(opt, params, ones_like(params))
+    finally: torch.set_num_threads(before)
+    assert runs == [parallel]
+
+def test_number_of_numba_threads_is_put_back():
+    import numba
+    before = numba.get_num_threads()
+    params = make_params([(2**18,)])
+    step_with(build('Adam', params, 'fused'), params, ones_like(params))
+    assert numba.get_num_threads() == before
+
+def test_steps_in_several_threads():
+    "Optimizers of different threads do not disturb each other"
+    def run(seed):
+        params = make_params([(2**17,), (50, 50)], seed=seed)
+        opt = build('Adam', params, 'fused')
+        train(opt, params, [make_params([(2**17,), (50, 50)], seed=seed + 100 + t) for t in range(10)])
+        return params
+    expected, got = [run(i) for i in range(4)], [None]*4
+    def work(i): got[i] = run(i)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    for a,b in zip(expected, got): assert all(map(torch.equal, a, b))
+
+def tied(): p = torch.randn(6, generator=torch.Generator().manual_seed(0)); return [p, p]
+def views(): p = torch.randn(12, generator=torch.Generator().manual_seed(0)); return [p[:8], torch.ones(3), p[4:]]
+def twins(): p = torch.randn(12, generator=torch.Generator().manual_seed(0)); return [p.view(3, 4), p.view(4, 3)]
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('make', [tied, views, twins])
+def test_shared_memory(name, make):
+    "Parameters that share memory step one after the other, as in fastai"
+    def run(way):
+        params = make()
+        opt = build(name, params, way)
+        train(opt, params, [[torch.full_like(p, t - 2.5) for p in params] for t in range(8)])
+        return opt, params
+    (_, expected), (opt, got) = run('native'), run('fused')
+    for a,b in zip(expected, got): assert distance(a, b) <= TOLERANCE['fused']
+    shared = [o for o in opt.backend_report() if 'shares memory' in o.reason]
+    assert len(shared) == 2 and all(o.backend == 'foreach' for o in shared)
+
+def test_slot_that_is_the_parameter():
+    params = make_params([(7,), (7,)])
+    opt = build('Adam', params, 'fused')
+    step_with(opt, params, ones_like(params))
+    opt.state[params[0]]['grad_avg'] = params[1].view(7)
+    step_with(opt, params, [torch.ones(7)]*2)
+    assert [o.backend for o in opt.backend_report()] == ['foreach', 'foreach']
+
+def test_report_tells_where_and_why():
+    params = [torch.ones(4, 4), torch.ones(4, 8)[:, ::2], torch.ones(4, 4)]
+    opt = build('SGD', [params[:1], params[1:]], 'fused')
+    assert len(opt.backend_report()) == 0
+    step_with(opt, params, [torch.ones(4, 4), torch.ones(4, 4), torch.ones(1, 1).expand(4, 4)])
+    report = opt.backend_report()
+    assert [(o.group, o.index, o.backend) for o in report] == [(0, 0, 'numba'), (1, 0, 'foreach'), (1, 1, 'numba')]
+    assert report[0].param == '(4, 4) float32 on cpu' and 'layout' in report[1].reason
+
+def test_host_without_a_kernel(monkeypatch):
+    "ForEach does it, and that is said once"
+    monkeypatch.setattr(kernels, 'ENGINES', {})
+    kernels.engine.cache_clear(); kernels.warn_once.cache_clear()
+    try:
+        params, expected = make_params(SMALL), make_params(SMALL)
+        opt, native = build('Adam', params, 'fused'), build('Adam', expected)
+        grads = make_grads(tuple(SMALL.values()), steps=5)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            train(opt, params, grads)
+        train(native, expected, grads)
+        assert len([w for w in said if 'no kernel for cpu' in str(w.message)]) == 1
+        assert {o.backend for o in opt.backend_report()} == {'foreach'}
+        for a,b in zip(expected, params): assert distance(a, b) <= TOLERANCE['foreach']
+    finally: kernels.engine.cache_clear(); kernels.warn_once.cache_clear()
+
+def test_nothing_keeps_gradients_alive():
+    import gc, weakref
+    params = make_params(SMALL)
+    opt = build('Adam', params, 'fused')
+    step_with(opt, params, ones_like(params))
+    grads = [weakref.ref(p.grad) for p in params]
+    for p in params: p.grad = None
+    gc.collect()
+    assert not any(g() is not None for g in grads)
