@@ -99,7 +99,7 @@ OPTIMI = dict(
     RAdam=('RAdam', lambda h: dict(decouple_wd=True, **_betas(h))),
     Ranger=('Ranger', lambda h: dict(k=h['k'], alpha=h['alpha'], **_betas(h))))
 TIMM = dict(
-    Larc=('Lars', lambda h: dict(trust_coeff=h['trust_coeff'], eps=h['eps'], **_momentum(h))),
+    Larc=('Lars', lambda h: dict(always_adapt=True, trust_coeff=h['trust_coeff'], eps=h['eps'], **_momentum(h))),
     Lamb=('Lamb', lambda h: dict(trust_clip=True, decoupled_decay=True, max_grad_norm=None, **_betas(h))))
 
 class Lacking(Exception):

@@ -1,0 +1,273 @@
+"The benchmark: its arithmetic on a fake clock, its names and errors, and the command"
+import math, os, signal, subprocess, sys, time
+from functools import partial
+
+import pandas as pd, pytest, torch
+from torch import nn
+
+from fastxtend.benchmark import models, steps, training
+from fastxtend.benchmark.__main__ import command, main
+from fastxtend.benchmark.models import NotInstalled, UnknownName, model_shapes, shapes_of
+from fastxtend.benchmark.report import PUBLISHED, frame, machine, pivot, published_table, step_report, time_cell
+from fastxtend.benchmark.steps import (LR, OPTIMI, OURS, TIMM, TORCH, WARM_UP, Benchmark, Contest, Contestant, Stopwatch, Watcher,
+                                       bytes_per_parameter, choose_backends, device_name, group_lrs, hypers_of, race, recommend, tensors_per_parameter)
+from fastxtend.optimizer.core import OPTIMIZERS
+
+class FakeClock:
+    "A clock that moves when it is told to"
+    now = 0.
+    def __call__(self): return self.now
+    def wait(self, seconds): self.now += seconds
+
+class Stub:
+    "An optimizer whose steps take given seconds of a fake clock, in turn, the warm-up included"
+    def __init__(self, clock, seconds): self.clock, self.seconds, self.steps = clock, seconds, 0
+    def step(self):
+        self.clock.wait(self.seconds[self.steps % len(self.seconds)])
+        self.steps += 1
+
+@pytest.fixture
+def stubs(monkeypatch):
+    "Contestants with known times: a function of the fake clock and seconds by name"
+    def make(clock, **seconds):
+        made = {n: Stub(clock, s) for n,s in seconds.items()}
+        table = {n: Contestant(n, lambda *args, stub=stub: stub) for n,stub in made.items()}
+        monkeypatch.setattr(steps, 'CONTESTANTS', table)
+        monkeypatch.setattr(Contest, 'copy', lambda self: lambda: clock.wait(2**-10))
+        return made
+    return make
+
+# Arithmetic
+
+def test_known_times(stubs):
+    clock = FakeClock()
+    made = stubs(clock, native=[.75], fused=[.125])  # exact in binary, as is the 2**-10 of the copy
+    native, fused = Contest('m', 'Adam', ['native', 'fused'], shapes=[(1000, 1000), (500,)], clock=clock).run(20)
+    assert (native.ms, native.speedup) == (750, 1) and (fused.ms, fused.ms_p10, fused.ms_p90, fused.speedup) == (125, 125, 125, 6)
+    assert fused.tensors == 2 and fused.elements == 1_000_500
+    assert fused.gb_s == pytest.approx(28*1_000_500/.125/1e9)
+    assert fused.copy_gb_s == pytest.approx(3*4*(4*1_000_500//2)*2**10/1e9)
+    assert fused.share == pytest.approx(fused.gb_s/fused.copy_gb_s)
+    assert native.rounds == math.ceil(20/(.875 + 2**-10))
+    assert made['fused'].steps == WARM_UP + fused.rounds + 1  # one more to count its operations
+
+def test_median_and_percentiles(stubs):
+    clock = FakeClock()
+    stubs(clock, native=[1.]*WARM_UP + [2., 1., 3., 5., 4., 0.])
+    res, = Contest('m', 'Adam', ['native'], shapes=[(3,)], clock=clock).run(0)
+    assert (res.rounds, res.ms, res.ms_p10, res.ms_p90) == (5, pytest.approx(3000), pytest.approx(1400), pytest.approx(4600))
+
+def test_lookahead_is_measured_by_k_steps(stubs):
+    clock, k = FakeClock(), hypers_of('Ranger')['k']
+    stubs(clock, native=[1.]*(k-1) + [7.])
+    res, = Contest('m', 'Ranger', ['native'], shapes=[(3,)], clock=clock).run(0)
+    assert res.ms == pytest.approx(1000*(k - 1 + 7)/k) and res.ms_p10 == res.ms_p90
+
+def test_without_native_there_is_no_speedup(stubs):
+    clock = FakeClock()
+    stubs(clock, fused=[.1])
+    res, = Contest('m', 'SGD', ['fused'], shapes=[(3,)], clock=clock).run(0)
+    assert math.isnan(res.speedup) and 'x**' not in step_report(frame([res]), {})
+
+def test_race_takes_turns():
+    "Each takes part once a round, in an order that changes"
+    clock, order = FakeClock(), []
+    def runner(name): return lambda: (order.append(name), clock.wait(1))
+    times = {n: [] for n in 'abc'}
+    race({n: runner(n) for n in 'abc'}, 30, Stopwatch(clock=clock), times)
+    rounds = [''.join(order[i:i+3]) for i in range(0, len(order), 3)]
+    assert len(rounds) == 10 and all(sorted(r) == list('abc') for r in rounds) and len(set(rounds)) > 2
+    assert times == {n: [1]*10 for n in 'abc'}
+
+def test_race_has_bounds():
+    clock = FakeClock()
+    for seconds,rounds in ((0, 5), (1e9, 8)):
+        times = dict(a=[])
+        race(dict(a=lambda: clock.wait(1)), seconds, Stopwatch(clock=clock), times, rounds=(5, 8))
+        assert len(times['a']) == rounds
+
+@pytest.mark.parametrize('name,moved', [('SGD', 5), ('RMSProp', 5), ('Adam', 7), ('RAdam', 7), ('QHAdam', 7), ('Larc', 5 + 2), ('Lamb', 7 + 4),
+                                        ('Ranger', 7 + 2/6)])
+@pytest.mark.parametrize('itemsize', [2, 4, 8])
+def test_bytes(name, moved, itemsize): assert bytes_per_parameter(name, itemsize) == pytest.approx(moved*itemsize)
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_state_is_what_the_optimizer_keeps(name):
+    contest = Contest('3x7', name, ['foreach'])
+    step = contest.build()['foreach']
+    contest.repeat(step)
+    opt = step.__self__
+    p = opt.param_lists[0][0]
+    kept = [k for k,v in opt.state[p].items() if torch.is_tensor(v) and v.shape == p.shape] + (['slow_weights'] if hasattr(opt, 'slow_weights') else [])
+    assert tensors_per_parameter(name) == 2 + len(kept)
+
+def test_watcher_sees_temporaries_while_they_live():
+    x = torch.ones(1000)
+    def f():
+        a = x + 1
+        a = a + 1   # two alive
+        a = x.view(10, 100)  # none alive, and a view is none
+        x.mul_(2)
+    with Watcher() as w: f()
+    assert (w.calls, w.peak) == (4, 8000)
+
+def test_calls_and_memory_of_backends():
+    res = {r.backend: r for r in Contest('50x10', 'Adam', ['native', 'foreach', 'fused']).run(0)}
+    assert res['native'].calls > 50*5 > 20 > res['foreach'].calls > res['fused'].calls
+    assert res['fused'].extra_mb == 0 and res['foreach'].extra_mb > 0
+
+# Contestants
+
+PEERS = dict(torch_loop=TORCH, torch_foreach=TORCH, torch_fused=('SGD', 'Adam'), optimi=OPTIMI, timm=TIMM)
+
+@pytest.mark.parametrize('backend,name', [(b, n) for b in OURS[1:] for n in OPTIMIZERS] + [(b, n) for b,names in PEERS.items() for n in names])
+def test_contestants_step_alike(backend, name):
+    "All contestants move parameters in the same direction as native, by about as much"
+    if backend in ('optimi', 'timm'): pytest.importorskip(backend)
+    moved = {}
+    for b in ('native', backend):
+        step = Contest('4x30', name, [b], groups=2).build()[b]
+        opt = step.__self__
+        params = [p for g in (opt.param_lists if hasattr(opt, 'param_lists') else [g['params'] for g in opt.param_groups]) for p in g]
+        before = [p.detach().clone() for p in params]
+        for _ in range(8): step()
+        moved[b] = torch.cat([p.detach() - q for p,q in zip(params, before)])
+    native, other = moved.values()
+    assert torch.cosine_similarity(native, other, 0) > .95 and .5 < other.norm()/native.norm() < 2
+
+def test_groups_have_discriminative_learning_rates():
+    assert group_lrs(1) == [LR] and group_lrs(3) == pytest.approx([LR/10, LR/10**.5, LR])
+    opt = Contest('9x2', 'SGD', ['fused'], groups=3).build()['fused'].__self__
+    assert [len(pg) for pg in opt.param_lists] == [3, 3, 3] and [h['lr'] for h in opt.hypers] == pytest.approx(group_lrs(3))
+
+def test_a_new_optimizer_needs_no_new_code(monkeypatch):
+    from fastxtend.optimizer import fused
+    monkeypatch.setitem(OPTIMIZERS, 'Mine', OPTIMIZERS['Adam'])
+    monkeypatch.setattr(fused, 'Mine', fused.Adam, raising=False)
+    assert {r.backend for r in Contest('3x5', 'mine', ['native', 'foreach', 'fused']).run(0)} == {'native', 'foreach', 'fused'}
+
+def test_missing_packages_are_skipped_by_name(monkeypatch):
+    find_spec = models.importlib.util.find_spec
+    monkeypatch.setattr(models.importlib.util, 'find_spec', lambda n: None if n == 'timm' else find_spec(n))
+    model_shapes.cache_clear()
+    with pytest.raises(NotInstalled, match=r"'timm'.*fastxtend\[bench\]"): model_shapes('ViT-S/16')
+    monkeypatch.setitem(sys.modules, 'optimi', None)
+    bench = Benchmark(['ViT-S/16', '3x5'], ['SGD'], ['native', 'optimi'])
+    assert [(r.model, r.backend) for r in bench.run(0)] == [('3x5', 'native')]
+    assert set(bench.skipped) == {'ViT-S/16', 'optimi (SGD)'} and 'optimi' in bench.skipped['optimi (SGD)']
+
+# Names
+
+@pytest.mark.parametrize('call,known', [
+    (lambda: Contest('nothing', 'Adam', ['native']), 'XResNet50'), (lambda: Contest('3x5', 'Adagrad', ['native']), 'Adam, RAdam'),
+    (lambda: choose_backends('apex'), 'torch_foreach'), (lambda: device_name('abacus'), 'cpu'), (lambda: main(dtype='int8'), 'bfloat16'),
+    (lambda: main(train='chess'), 'digits'), (lambda: main(train='digits', backends='optimi'), 'native, foreach, jit, fused')])
+def test_unknown_names_list_the_known(call, known):
+    with pytest.raises(UnknownName, match='Unknown .* Known: ') as e: call()
+    assert known in str(e.value)
+
+def my_model(): return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+def my_shapes(): return [(2, 3), ()]
+def my_mistake(): raise RuntimeError('not my day')
+
+def test_models_of_the_user():
+    assert model_shapes(f'{__name__}:my_model') == ((4, 3), (4,), (4,), (4,)) and model_shapes(f'{__name__}:my_shapes') == ((2, 3), ())
+    for name in (f'{__name__}:nothing', 'no_such_module:f'):
+        with pytest.raises(UnknownName, match=name): model_shapes(name)
+    with pytest.raises(RuntimeError, match='not my day'): model_shapes(f'{__name__}:my_mistake')
+
+def test_frozen_parameters_are_not_measured():
+    model = my_model()
+    model[0].weight.requires_grad_(False)
+    assert shapes_of(model) == [(4,)]*3
+
+# Interruption, recommendation and training
+
+def test_interrupted_contests_keep_what_was_measured(stubs):
+    clock = FakeClock()
+    made = stubs(clock, native=[1.], fused=[.5])
+    plain = made['fused'].step
+    def step():
+        if made['fused'].steps == (WARM_UP + 5 + 1) + WARM_UP + 2: raise KeyboardInterrupt
+        plain()
+    made['fused'].step = step
+    bench = Benchmark(['3x5', '4x5'], ['Adam'], ['native'], clock=clock)
+    bench.backends = ['native', 'fused']
+    done = []
+    res = bench.run(0, after=lambda b: done.append(len(b.results)))
+    assert bench.interrupted and done == [2]
+    assert [(r.model, r.backend) for r in res] == [('3x5', 'native'), ('3x5', 'fused'), ('4x5', 'native'), ('4x5', 'fused')]
+    assert res[0].rounds == 5 and 1 <= res[3].rounds <= 5 and res[3].ms == pytest.approx(500)
+
+def test_recommends_the_fastest(stubs, monkeypatch):
+    clock = FakeClock()
+    stubs(clock, native=[1.], foreach=[.5], jit=[.25], fused=[.75])
+    monkeypatch.setattr(steps, 'Stopwatch', lambda device, _: Stopwatch(device, clock))
+    best = recommend(my_model(), seconds=0)
+    assert best.backend == 'jit' and [r.backend for r in best.results] == ['jit', 'foreach', 'fused', 'native']
+    assert best.opt_func.keywords == dict(jit=True) and 'adam(jit=True)' in str(best)
+
+def test_training_is_the_same_by_all_backends(monkeypatch):
+    monkeypatch.setitem(training.TASKS, 'tabular', partial(training.tabular, bs=64, n=1024 + 64*3))
+    bench = training.TrainingBenchmark(['tabular'], ['SGD'])
+    res = bench.run(1)
+    assert [r.backend for r in res] == ['native', 'foreach', 'jit', 'fused'] and not bench.skipped
+    for r in res:
+        assert r.valid_loss == pytest.approx(res[0].valid_loss, rel=1e-3)
+        assert r.epoch_speedup == pytest.approx(res[0].epoch_s/r.epoch_s) and 0 < r.step_share < 1
+
+# Reports
+
+def test_report_names_machine_and_command():
+    res = Contest('3x5', 'SGD', ['native', 'foreach']).run(0)
+    text = step_report(frame(res), {**machine(), 'Command': command(dict(models='3x5'))}, {'timm': 'is missing'})
+    for part in (torch.__version__.split('+')[0], 'threads', 'fastxtend-bench --models 3x5', '- timm: is missing', '3 tensors'): assert part in text, part
+
+def test_pivot_leaves_gaps():
+    df = pd.DataFrame([dict(optimizer='SGD', backend='native', ms=2., speedup=1.), dict(optimizer='Lamb', backend='fused', ms=1., speedup=4.)])
+    assert pivot(df, ['optimizer'], time_cell).splitlines()[2:] == ['| SGD | 2.00 ms |  |', '| Lamb |  | 1.00 ms **4.00x** |']
+
+@pytest.mark.parametrize('table', [1, 2])
+def test_published_tables(table):
+    "Every published row can be measured, and stands beside what was measured"
+    assert {m for m,_ in PUBLISHED[table]} <= set(models.MODELS)
+    rows = [dict(model=m, groups=g, optimizer='Adam', backend=b, ms=ms) for m,g in PUBLISHED[table]
+            for b,ms in dict(native=30., foreach=20., jit=25., fused=10.).items()]
+    lines = published_table(pd.DataFrame(rows), table).splitlines()[2:]
+    assert len(lines) == 2*len(PUBLISHED[table]) and all('50%' in l and '20%' in l and '200%' in l for l in lines[1::2])
+
+# The command
+
+def run_command(*args, **kwargs):
+    return subprocess.run([sys.executable, '-m', 'fastxtend.benchmark', *args], capture_output=True, text=True, **kwargs)
+
+def test_command(tmp_path):
+    res = run_command('--models', '30x100,300x100', '--optimizers', 'Adam', '--backends', 'native,foreach', '--groups', '1,3', '--seconds', '.05',
+                      '--out', str(tmp_path), '--name', 'cpu')
+    assert res.returncode == 0, res.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['cpu.csv', 'cpu.md'] + [f'cpu_{k}.png' for k in ('groups', 'roofline', 'speedup', 'tensors')]
+    df = pd.read_csv(tmp_path/'cpu.csv')
+    assert len(df) == 2*2*2 and (df.ms > 0).all() and set(df.groups) == {1, 3}
+    assert '## Time of a step' in res.stdout and '300x100, 3 groups' in (tmp_path/'cpu.md').read_text()
+
+@pytest.mark.parametrize('args', [['--models', 'nothing'], ['--optimizers', 'Adagrad'], ['--backends', 'apex'], ['--device', 'abacus']])
+def test_command_explains_errors(args):
+    res = run_command(*args)
+    assert res.returncode == 1 and 'Known: ' in res.stderr and 'Traceback' not in res.stderr
+
+def test_command_recommends():
+    res = run_command('--recommend', '--models', '20x20', '--seconds', '.05')
+    assert res.returncode == 0 and res.stdout.count('opt_func=adam(') == 1, res.stderr
+
+def test_command_keeps_results_on_ctrl_c(tmp_path):
+    proc = subprocess.Popen([sys.executable, '-m', 'fastxtend.benchmark', '--models', 'XResNet50,tiny', '--optimizers', 'SGD', '--backends', 'native',
+                             '--seconds', '600', '--out', str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = ''
+    while '[0/2' not in seen:
+        seen += proc.stdout.read(1)
+        assert proc.poll() is None, seen
+    time.sleep(5)
+    os.kill(proc.pid, signal.SIGINT)
+    out, _ = proc.communicate(timeout=120)
+    assert proc.returncode == 0 and 'Interrupted' in out
+    assert list(pd.read_csv(tmp_path/'steps.csv').backend) == ['native']
