@@ -20,8 +20,8 @@ from .rules import SLOTS, rule_args, rule_slots
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'averaging_scalars', 'adam_scalars', 'lamb_scalars', 'qhadam_scalars', 'rectification', 'radam_scalars',
-           'OptimizerSpec', 'spec_of', 'Batch', 'describe', 'check_params', 'check_batch', 'is_dense', 'find_entangled',
-           'FastOptimizer', 'distinct', 'repeats', 'copy_like', 'LookaheadMixin']
+           'OptimizerSpec', 'spec_of', 'Batch', 'describe', 'check_params', 'check_tensors', 'fields_of', 'is_dense',
+           'find_entangled', 'FastOptimizer', 'distinct', 'repeats', 'copy_like', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #ae913054
 def averaging_scalars(mom=0., sqr_mom=0., **_):
@@ -180,20 +180,22 @@ def check_params(
 
 _fields = attrgetter('shape', 'dtype', 'device', 'layout')
 
-def check_batch(
-    batch:Batch, # What the step is about to change
-) -> list[tuple]: # Shape, dtype, device and layout of each parameter
+def check_tensors(
+    params:list, # Parameters
+    tensors:list, # What belongs to them; `None` is what is still to be made
+    name:str, # What that is, for messages
+    fields:list, # `fields_of(params)`
+):
     "`RuntimeError` if a gradient or a state tensor does not fit its parameter"
-    expected = list(map(_fields, batch.params))
-    for name,ts in {'gradient': batch.grads, **batch.slots}.items():
-        for p,t,fields in zip(batch.params, ts, expected):
-            if t is not None and (not isinstance(t, Tensor) or _fields(t) != fields): _refuse(name, p, t)
-    return expected
+    for p,t,expected in zip(params, tensors, fields):
+        if t is not None and (not isinstance(t, Tensor) or _fields(t) != expected): _refuse(name, p, t)
+
+def fields_of(tensors): return list(map(_fields, tensors))
 
 def _refuse(name, p, t):
     "Raise the error for a gradient or state tensor `t` that does not fit `p`"
     if not isinstance(t, Tensor):
-        raise RuntimeError(f"The state '{name}' of a parameter of {describe(p)} is {t!r}, not a tensor. Call `clear_state` to start it anew")
+        raise RuntimeError(f"The {name} of a parameter of {describe(p)} is {t!r}, not a tensor. Call `clear_state` to start it anew")
     if t.layout is not p.layout:
         raise RuntimeError(f"The {name} of a parameter of {describe(p)} has the layout {t.layout}, and only dense ones can be used: make "
                            "the layer with `sparse=False`, or use `torch.optim.SparseAdam` in fastai's `OptimWrapper`")
@@ -273,10 +275,21 @@ class FastOptimizer(Optimizer):
         batch:Batch, # Everything that steps now
     ):
         "Check all of `batch`, then step it"
-        fields = check_batch(batch)
+        fields = self.check(batch)
         self.init_slots(batch)
         self.count_step(batch)
         for part in self.parts(batch, [f[1:3] for f in fields]): self.run(part)
+
+    def check(self,
+        batch:Batch, # What the step is about to change
+    ) -> list[tuple]: # Shape, dtype, device and layout of each parameter
+        "`RuntimeError` if a gradient or a state tensor does not fit its parameter; state is looked at when either is another one than before"
+        fields, known = fields_of(batch.params), self._memo.get('checked')
+        check_tensors(batch.params, batch.grads, 'gradient', fields)
+        if known is None or known[0] != fields or not all(map(_same, known[1], batch.slots.values())):
+            for name,ts in batch.slots.items(): check_tensors(batch.params, ts, f"state '{name}'", fields)
+        self._memo['checked'] = fields, list(batch.slots.values())
+        return fields
 
     def run(self,
         batch:Batch, # Parameters of one dtype and device that share no memory

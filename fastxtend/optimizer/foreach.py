@@ -198,8 +198,8 @@ def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:T
     step_size = [_nth(scale, i)*_nth(ratio, i) for i in range(len(p))]
     torch._foreach_addcdiv_(p, grad_avg, _root(sqr_avg, eps), _neg(step_size))
 
-# %% ../../nbs/optimizer.foreach.ipynb #dd741a8e
-BLOCK = 2**17
+# %% ../../nbs/optimizer.foreach.ipynb #11de2bc0
+BLOCK = 2**18
 
 def _pieces(ts):
     "Flat pieces of tensors that have the same dense layout, or the tensors if they do not"
@@ -210,10 +210,10 @@ def _pieces(ts):
 def blocks(
     batch:Batch, # Parameters of one device
 ):
-    "Lists of tensors (parameters, gradients, slots) that fit the cache, and the parameter each one belongs to"
+    "Lists of tensors (parameters, gradients, slots) that fit the cache, and the parameter each one belongs to; a step without slots is too short to gain"
     tensors = batch.tensors()
     sizes = list(map(Tensor.numel, batch.params))
-    if batch.params[0].device.type != 'cpu' or sum(sizes) <= BLOCK:
+    if batch.params[0].device.type != 'cpu' or sum(sizes) <= BLOCK or not batch.slots:
         yield tensors, range(len(batch))
         return
     block, owners, room = [], [], BLOCK

@@ -13,7 +13,7 @@ import numpy as np, torch
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .core import Batch, FastOptimizer, LookaheadMixin, check_batch, describe, find_entangled
+from .core import Batch, FastOptimizer, LookaheadMixin, describe, find_entangled
 from .foreach import ListOptimizer, tensor_env
 from .probe import DTYPES, OK, REASONS, Probe, ids_of, in_conflict, probe
 from .rules import compile_rule, rule_row, rule_slots
@@ -125,7 +125,7 @@ class FusedOptimizer(ListOptimizer):
     def step_batch(self, batch):
         res = self.probe(batch)
         if res.reasons.any():
-            check_batch(batch)
+            self.check(batch)
             self.init_slots(batch)
             res = self.probe(batch)
         plan = self.plan(batch, res)
