@@ -131,7 +131,7 @@ def RAdam(
 
 radam = _helper(RAdam)
 
-# %% ../../nbs/optimizer.fused.ipynb #ccacb6fc
+# %% ../../nbs/optimizer.fused.ipynb #5a422f77
 def QHAdam(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Default learning rate
@@ -151,7 +151,7 @@ def QHAdam(
 
 qhadam = _helper(QHAdam)
 
-# %% ../../nbs/optimizer.fused.ipynb #72f4a0ba
+# %% ../../nbs/optimizer.fused.ipynb #cb8fe44c
 def Larc(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Default learning rate
@@ -170,7 +170,7 @@ def Larc(
 
 larc = _helper(Larc)
 
-# %% ../../nbs/optimizer.fused.ipynb #dd6174c8
+# %% ../../nbs/optimizer.fused.ipynb #a904adb8
 def Lamb(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Default learning rate
@@ -188,7 +188,7 @@ def Lamb(
 
 lamb = _helper(Lamb)
 
-# %% ../../nbs/optimizer.fused.ipynb #355d3985
+# %% ../../nbs/optimizer.fused.ipynb #312ec834
 def Ranger(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Default learning rate
