@@ -187,7 +187,8 @@ def plot_roofline(
     df:pd.DataFrame, # Results
     optimizer:str=None, # Which one; Adam, or else the first, if not given
 ):
-    "Bytes a step moves in a second, by model, smallest first: small ones are limited by overhead, large ones by the memory"
+    "Bytes a step moves in a second, by model, smallest first: small ones are limited by overhead, large ones by the memory. `None` if there is only one model"
+    if df.model.nunique() < 2: return None
     if optimizer is None: optimizer = 'Adam' if 'Adam' in set(df.optimizer) else df.optimizer.iloc[0]
     df = df[(df.optimizer == optimizer) & (df.groups == df.groups.min())]
     models = df.groupby('model').agg(dict(elements='first', gb_s='first', ms='first', copy_gb_s='first')).sort_values('elements')
@@ -219,6 +220,8 @@ def plot_scaling(
             ax.fill_between(line[x], line.ms_p10, line.ms_p90, color=COLORS[b], alpha=.15, lw=0)
             ax.plot(line[x], line.ms, 'o-', ms=3, color=COLORS[b], label=b)
         ax.set(xscale='log', yscale='log')
+        ax.set_xticks(sorted(set(part[x])), sorted(set(part[x])))
+        ax.minorticks_off()
         _tidy(ax, title=' on '.join(key), xlabel=f'number of {x}', ylabel='ms')
     _legend(fig, axs[0])
     return fig
