@@ -116,6 +116,41 @@ def check_sync():
             finally: torch.cuda.set_sync_debug_mode('default')
     return 'No step of any optimizer made the host wait.', True
 
+# --- CUDA graphs
+
+@torch.no_grad()
+def replayed(name, steps=6):
+    "Distance from native after replays of one captured step"
+    from fastxtend.optimizer.cuda import Tables, step_kernels
+    from fastxtend.optimizer.probe import probe
+    (ref, ref_params), (opt, params) = ((build(name, in_groups(ps, 2), b), ps) for b in ('native', 'fused') for ps in [make_params()])
+    tables = Tables(params[0].device, np.array([p.numel() for pg in opt.param_lists for p in pg]), np.arange(len(params)))
+    def step(**kwargs):
+        batch = opt.gather()
+        opt.init_slots(batch)
+        table, row_ids = probe(*batch.tensors()).table, np.array(batch.row_ids)
+        step_kernels(opt.rule(batch), opt.spec.norms, opt.spec.trust, torch.float32, table, tables, batch.rows, row_ids, **kwargs)
+        return batch
+    for p in params: p.grad = torch.zeros_like(p)
+    graph = torch.cuda.CUDAGraph()
+    for t in range(steps):
+        for o in (ref, opt): o.set_hyper('lr', .01/(t+1))
+        for p,q,g in zip(ref_params, params, random_grads(params, t)):
+            q.grad.copy_(g)
+            p.grad = g
+        ref.step()
+        opt.count_step(step(launch=t == 0))
+        if t: graph.replay()
+        else:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph): step()
+    return max(map(distance, ref_params, params))
+
+def check_graph():
+    "A step that is captured once and replayed with other learning rates and step counts gives native's numbers, within 40 eps"
+    worst = {name: replayed(name) for name in OPTIMIZERS if name != 'Ranger'}
+    return markdown_table([[k, number(v)] for k,v in worst.items()], ['optimizer', 'distance in eps']), max(worst.values()) <= 40
+
 # --- Mixed precision
 
 class Scales(Callback):
@@ -175,7 +210,8 @@ def targets(df):
     for model,groups in PUBLISHED[2]: add(f'Adam fused, {groups} groups / one, {model}', ratio(model, 'fused', 'fused', groups, 1), 1.03, most=True)
     return markdown_table(rows, ['what', 'measured', 'goal', 'reached'])
 
-CHECKS = {'As fastai native': check_parity, 'Kernel launches, copies and waits of a step': check_launches, 'No waiting': check_sync, 'Mixed precision': check_fp16}
+CHECKS = {'As fastai native': check_parity, 'Kernel launches, copies and waits of a step': check_launches, 'No waiting': check_sync, 'CUDA graphs': check_graph,
+          'Mixed precision': check_fp16}
 
 @call_parse
 def main(
