@@ -12,11 +12,10 @@ import numpy as np, pandas as pd, torch
 from fastai.basics import *
 from fastai.callback.progress import *
 
-from .models import EMB_SZS, NotInstalled, look_up
-from .steps import CONTESTANTS, OURS, hypers_of, optimizer_name
+from .models import EMB_SZS, look_up
+from .steps import OURS, hypers_of, optimizer_name
 from ..callback.profiler import markdown_table, number
 from ..optimizer import fused
-from ..optimizer.core import OPTIMIZERS
 
 # %% auto #0
 __all__ = ['TASKS', 'TRAINING_METHOD', 'digits', 'tabular', 'task_name', 'Trained', 'TrainingBenchmark', 'training_report',
@@ -197,5 +196,5 @@ def plot_epochs(
         ax.set(title=', '.join(task), xlabel='seconds of an epoch')
         ax.spines[['top', 'right']].set_visible(False)
     handles, labels = axs[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc='outside lower center', ncols=len(phases), frameon=False)
+    fig.legend(handles, labels, loc='outside lower center', ncols=len(phases)//2*min(len(tasks), 2), frameon=False)
     return fig
