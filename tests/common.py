@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect, io, math
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
 
@@ -86,6 +87,14 @@ def train(opt, params, grads, anneal=noop):
     for t,gs in enumerate(grads):
         anneal(t/len(grads))
         step_with(opt, params, gs)
+
+@contextmanager
+def threads(n):
+    "PyTorch with `n` threads: for tensors this small, one is fastest, above all where other processes are busy"
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
 
 def is_native(opt): return type(opt).__module__ == 'fastai.optimizer'
 

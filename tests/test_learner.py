@@ -116,12 +116,9 @@ def quiet(monkeypatch):
         self.remove_cb(ProgressCallback)
         self.logger = noop
     monkeypatch.setattr(Learner, '__init__', silent)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
+    with threads(1), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield
-    torch.set_num_threads(threads)
 
 class Losses(Callback):
     "Every training loss as it is"
