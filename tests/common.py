@@ -23,9 +23,10 @@ SMALL = dict(conv=(8, 3, 3, 3), vector=(10,), scalar=(), empty=(0,), matrix=(5, 
 SHAPES = {**SMALL, 'big': (BLOCK//400 + 30, 400)}  # its last block is a partial one
 
 # How far parameters and state may be from native after 100 steps, in units of `torch.finfo(dtype).eps`: the greatest difference in a
-# tensor relative to its greatest element. ForEach and TorchScript round almost as native does. A fused kernel keeps intermediate results
-# in registers (fused multiply-adds), so it rounds less often than native, and otherwise. Measured: 4, 3.4 and 17. (In float64, 40 eps are 9e-15.)
-TOLERANCE = dict(native=0, foreach=10, jit=10, fused=40)
+# tensor relative to its greatest element. ForEach rounds almost as native does. TorchScript averages squares by interpolation, and a fused
+# kernel keeps intermediate results in registers (fused multiply-adds): both round otherwise. Measured: 4, 10.4 and 17.
+# (In float64, 40 eps are 9e-15.)
+TOLERANCE = dict(native=0, foreach=10, jit=25, fused=40)
 
 def constructor(name): return getattr(fused, name)
 
