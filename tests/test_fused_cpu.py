@@ -32,6 +32,14 @@ def test_second_process_does_not_compile(tmp_path):
     assert first[1:] == ['0', '0'] and second[1:] == ['1', '1']
     assert first[0] == second[0]
 
+def test_serial_driver_is_not_taken_for_the_parallel_one(tmp_path):
+    "Numba's cache does not know them apart by their options"
+    serial = 'import torch, numpy as np; from fastxtend.optimizer import cpu; cpu.driver(False, np.dtype("float32"));'
+    python('', before=serial, NUMBA_CACHE_DIR=str(tmp_path/'a'))
+    for name,before in (('a', ''), ('b', serial)):
+        hits = python(REPORT, before=before, NUMBA_CACHE_DIR=str(tmp_path/name))[2]
+        assert hits == ('1' if name == 'a' else '0')
+
 @pytest.mark.parametrize('broken', ['CacheImpl._locator_classes = []', 'IndexDataCacheFile.save = lambda *_: open("/dev/null/x", "w")'])
 def test_cache_that_cannot_be_written(tmp_path, broken):
     "With no place for it, or where a place refuses, the kernels are compiled in each process"

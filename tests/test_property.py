@@ -13,6 +13,9 @@ LAYOUTS = ('contiguous', 'transposed', 'channels_last', 'sliced')
 # Float32 and float64 as in `common`; with 16 bits, a result that is nearly a tie may be rounded to either side
 TOLERANCE = {torch.float32: 40, torch.float64: 40, torch.bfloat16: 4, torch.float16: 6}
 
+# Of a layer's learning rate. Native's float32 norms are sums in float32: 1e-5 off for 20,000 equal elements, where the kernel's are not
+LR_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
 class Guarded:
     "Tensors in memory of their own, with guards around and in the gaps"
     def __init__(self): self.buffers = []
@@ -136,7 +139,7 @@ def test_fused_is_native_and_writes_nothing_else(case):
             a, b = native.opt.state[q], opt.state[p]
             assert set(a) == set(b), (a.keys(), b.keys())
             for k in a:
-                if k == 'local_lr': assert math.isclose(float(a[k]), float(b[k]), rel_tol=1e-5 if dtype.itemsize > 2 else 1e-2, abs_tol=1e-30)
+                if k == 'local_lr': assert math.isclose(float(a[k]), float(b[k]), rel_tol=LR_TOLERANCE[dtype], abs_tol=1e-30)
                 elif isinstance(a[k], Tensor): assert distance(a[k].to(dtype), b[k]) <= TOLERANCE[dtype], (k, distance(a[k].to(dtype), b[k]))
                 else: assert a[k] == b[k]
         stepped = [i for i,p in enumerate(params) if p.grad is not None and p.requires_grad]

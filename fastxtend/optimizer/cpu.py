@@ -200,7 +200,9 @@ def driver(
 ) -> callable:
     "The compiled `_drive`"
     sig = types.void(_i64, _i64[:,::1], _i64[:,::1], numba.from_dtype(dtype)[:,::1], _i64[::1], types.float64[:,::1])
-    return with_cache(lambda cache: njit(sig, cache=cache, parallel=parallel, nogil=True, error_model='numpy')(_drive))
+    drive = type(_drive)(_drive.__code__, globals(), '_drive')
+    drive.__qualname__ = f'_drive_{"parallel" if parallel else "serial"}'  # Numba's cache tells functions apart by name, and not by options
+    return with_cache(lambda cache: njit(sig, cache=cache, parallel=parallel, nogil=True, error_model='numpy')(drive))
 
 _forked = False
 def _after_fork():

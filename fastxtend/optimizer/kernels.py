@@ -19,8 +19,8 @@ from .probe import DTYPES, OK, REASONS, Probe, ids_of, in_conflict, probe
 from .rules import compile_rule, rule_row, rule_slots
 
 # %% auto #0
-__all__ = ['ENGINES', 'NAMES', 'step_widened', 'step_rule', 'Ran', 'engine', 'warn_once', 'Kernel', 'Plan', 'FusedOptimizer',
-           'sharing_memory', 'FusedLookahead']
+__all__ = ['ENGINES', 'NAMES', 'NO_GRAPH', 'step_widened', 'step_rule', 'Ran', 'engine', 'warn_once', 'Kernel', 'Plan',
+           'FusedOptimizer', 'sharing_memory', 'FusedLookahead']
 
 # %% ../../nbs/optimizer.kernels.ipynb #26adc5a7
 def step_widened(
@@ -69,13 +69,18 @@ def warn_once(
     device:str, # Type of a device
 ):
     "Say that there is no kernel"
-    help = {'cpu': ': install Numba with `pip install fastxtend[fused]`', 'cuda': ': install Triton'}.get(device, '')
+    help = {'cpu': ': install Numba with `pip install fastxtend[fused]`', 'cuda': ': install Triton 3.5 or later, which comes with PyTorch 2.9'}.get(device, '')
     warn(f"`fused=True` has no kernel for {device} here{help}. These parameters are stepped with ForEach")
 
 def _check_numba(params):
     "`ImportError` if there are parameters on the CPU and there is no Numba"
     if any(p.device.type == 'cpu' for p in params) and importlib.util.find_spec('numba') is None:
         raise ImportError("`fused=True` needs Numba for parameters on the CPU: `pip install fastxtend[fused]`, or use `foreach=True`")
+
+NO_GRAPH = ("Only a step that is all kernels can be captured in a CUDA graph: all parameters on CUDA, with gradients, contiguous in the same "
+            "way as their gradients, no Lookahead, and after at least one step that was not captured")
+
+def _capturing(): return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 @dataclass(frozen=True)
 class Kernel:
@@ -103,7 +108,7 @@ class Plan:
         if i in self.tangled: return 'foreach', 'shares memory with another parameter or its state'
         return 'foreach', REASONS[self.table[i, 0]] or f'no kernel for {self.params[i].device.type}'
 
-# %% ../../nbs/optimizer.kernels.ipynb #b71cea2a
+# %% ../../nbs/optimizer.kernels.ipynb #de4e184f
 class FusedOptimizer(ListOptimizer):
     "A fastai optimizer that steps all parameters in one kernel"
     def __init__(self,
@@ -116,6 +121,8 @@ class FusedOptimizer(ListOptimizer):
         _check_numba(concat(*self.param_lists))
         self.opt_step = spec.steps['foreach']
 
+    _launch = True # Is the step to run, and not only to be prepared?
+
     def rule(self,
         batch:Batch, # What steps
     ) -> callable:
@@ -125,11 +132,13 @@ class FusedOptimizer(ListOptimizer):
     def step_batch(self, batch):
         res = self.probe(batch)
         if res.reasons.any():
+            if _capturing(): raise RuntimeError(NO_GRAPH)
             self.check(batch)
             self.init_slots(batch)
             res = self.probe(batch)
-        plan = self.plan(batch, res)
-        self.count_step(batch)
+        plan, capturing = self.plan(batch, res), _capturing()
+        if capturing or not self._launch: self.check_graph(plan)
+        if not capturing: self.count_step(batch)
         for kernel in plan.kernels: self.run_kernel(batch, res, kernel)
         for idxs in plan.rest: self.run_without(batch.take(idxs))
 
@@ -183,10 +192,24 @@ class FusedOptimizer(ListOptimizer):
         "Step parameters of one device and dtype in one kernel"
         row_ids = self.remember('row_ids', np.array, batch.row_ids)
         spec = self.spec
-        ratios = engine(kernel.device).step_kernels(self.rule(batch), spec.norms, spec.trust, kernel.dtype, res.table, kernel.tables, batch.rows, row_ids)
-        if spec.ratio_name:
+        kwargs = {} if self._launch else dict(launch=False)
+        ratios = engine(kernel.device).step_kernels(self.rule(batch), spec.norms, spec.trust, kernel.dtype, res.table, kernel.tables,
+                                                    batch.rows, row_ids, **kwargs)
+        if spec.ratio_name and self._launch:
             ratios = ratios.unbind() if ratios.is_cuda else ratios.tolist()
             for i in kernel.idxs.tolist(): batch.states[i][spec.ratio_name] = ratios[i]
+
+    def check_graph(self,
+        plan:Plan, # What would run where
+    ):
+        "`RuntimeError` if the step cannot be part of a CUDA graph"
+        if plan.rest or any(k.device & 0xffffffff != 2 for k in plan.kernels) or isinstance(self, LookaheadMixin): raise RuntimeError(NO_GRAPH)
+
+    def refresh(self):
+        "Before a replay of a CUDA graph in which `step` was captured: count the step, and upload the scalars it will read"
+        self._launch = False
+        try: self.step()
+        finally: del self._launch
 
     def run_without(self,
         batch:Batch, # Parameters of one device and dtype that no kernel can take

@@ -177,6 +177,6 @@ def compile_rule(
     "A copy of `rule`, and of the rules it calls, with `env` for its free names, through `compiler`"
     names = [n for n in rule.__code__.co_names if not hasattr(builtins, n)]
     free = {n: env[n] if n in env else compile_rule(globals()[n], env, compiler) for n in names}
-    copy = types.FunctionType(rule.__code__, dict(__name__=rule.__module__, **free), rule.__name__)
+    copy = types.FunctionType(rule.__code__, dict(__name__=rule.__module__, __builtins__=builtins, **free), rule.__name__)
     copy.__module__, copy.__doc__, copy.__qualname__ = rule.__module__, rule.__doc__, rule.__qualname__
     return compiler(copy)
