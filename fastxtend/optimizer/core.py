@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np, torch
 from fastai import optimizer as fai
 from fastai.optimizer import Optimizer, debias
 from fastai.torch_basics import *
@@ -19,9 +19,10 @@ from . import rules
 from .rules import SLOTS, rule_args, rule_slots
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'averaging_scalars', 'adam_scalars', 'lamb_scalars', 'qhadam_scalars', 'rectification', 'radam_scalars',
-           'OptimizerSpec', 'spec_of', 'Batch', 'describe', 'check_params', 'check_tensors', 'fields_of', 'is_dense',
-           'find_entangled', 'FastOptimizer', 'distinct', 'repeats', 'copy_like', 'LookaheadMixin']
+__all__ = ['OPTIMIZERS', 'NO_SADAM', 'averaging_scalars', 'adam_scalars', 'lamb_scalars', 'qhadam_scalars', 'rectification',
+           'radam_scalars', 'OptimizerSpec', 'spec_of', 'Batch', 'describe', 'check_params', 'check_tensors',
+           'fields_of', 'is_dense', 'find_entangled', 'FastOptimizer', 'distinct', 'repeats', 'copy_like',
+           'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #ae913054
 def averaging_scalars(mom=0., sqr_mom=0., **_):
@@ -76,6 +77,10 @@ class OptimizerSpec:
     options:dict=field(default_factory=dict) # Settings that are no hyperparameters, and their defaults
     steps:dict=field(default_factory=dict) # Step functions of the backends, filled in by their modules
 
+    def __reduce__(self):
+        "Pickled by name: scripted steps cannot be"
+        return (_named, (self.name,)) if OPTIMIZERS.get(self.name) is self else super().__reduce__()
+
     @property
     def counts_steps(self): return self.scalars is not None and 'step' in rule_args(self.scalars)
 
@@ -101,7 +106,9 @@ def _native_rmsprop(params, lr, eps, **kwargs):
     opt.set_hyper('eps', eps)
     return opt
 
-# %% ../../nbs/optimizer.core.ipynb #2e369a71
+# %% ../../nbs/optimizer.core.ipynb #b36c9639
+def _named(name): return OPTIMIZERS[name]
+
 OPTIMIZERS = {o.name: o for o in (
     OptimizerSpec('SGD',     fai.SGD,    rules.sgd_mom, rule_no_mom=rules.sgd),
     OptimizerSpec('RMSProp', _native_rmsprop, rules.rmsprop_mom, rule_no_mom=rules.rmsprop),
@@ -286,7 +293,7 @@ class FastOptimizer(Optimizer):
         "`RuntimeError` if a gradient or a state tensor does not fit its parameter; state is looked at when either is another one than before"
         fields, known = fields_of(batch.params), self._memo.get('checked')
         check_tensors(batch.params, batch.grads, 'gradient', fields)
-        if known is None or known[0] != fields or not all(map(_same, known[1], batch.slots.values())):
+        if known is None or known[0] != fields or len(known[1]) != len(batch.slots) or not all(map(_same, known[1], batch.slots.values())):
             for name,ts in batch.slots.items(): check_tensors(batch.params, ts, f"state '{name}'", fields)
         self._memo['checked'] = fields, list(batch.slots.values())
         return fields
@@ -318,7 +325,10 @@ def repeats(
         seen[x] += 1
     return res
 
-# %% ../../nbs/optimizer.core.ipynb #2b1ca56f
+# %% ../../nbs/optimizer.core.ipynb #062cf74b
+NO_SADAM = ("This optimizer has no SAdam: `RAdam(beta=...)` works with `fused=True`, with `jit=True` or with neither, but not with ForEach; "
+            "and `beta` in a Ranger with `jit=True` or without a flag")
+
 @patch
 def row(self:FastOptimizer,
     group:int, # Position of the group
@@ -327,6 +337,7 @@ def row(self:FastOptimizer,
 ) -> dict:
     "The scalars of a parameter"
     hyper = {**self.options, **self.hypers[group]}
+    if hyper.get('beta') and not self.takes_beta: raise ValueError(NO_SADAM)
     wd = hyper.get('wd', 0.) if do_wd else 0.
     row = {**hyper, **averaging_scalars(**hyper), 'decay': 1 - hyper['lr']*wd if self.decouple_wd else 1., 'l2': 0. if self.decouple_wd else wd}
     if self.spec.scalars is not None: row.update(self.spec.scalars(**hyper, step=step))
@@ -410,7 +421,7 @@ def entangled(self:FastOptimizer,
 @patch
 def state_dict(self:FastOptimizer) -> dict:
     "State of each parameter and hyperparameters of each group, in plain containers"
-    return dict(state=[dict(self.state[p]) for p in concat(*self.param_lists)], hypers=[dict(h) for h in self.hypers])
+    return dict(state=[dict(self.state[p]) for p in concat(*self.param_lists)], hypers=[{k: v.item() if isinstance(v, np.generic) else v for k,v in h.items()} for h in self.hypers])
 
 @patch
 def load_state_dict(self:FastOptimizer,
@@ -491,8 +502,10 @@ class LookaheadMixin:
 
     def slow_pairs(self) -> list[tuple[Tensor, Tensor]]:
         "Fast and slow weights of all parameters that are not frozen"
-        return [(fast, slow) for i,(pg,slow_pg) in enumerate(zip(self.param_lists, self.slow_weights))
-                for fast,slow in zip(pg, slow_pg) if i >= self.frozen_idx or fast.requires_grad]
+        pairs = [(fast, slow) for i,(pg,slow_pg) in enumerate(zip(self.param_lists, self.slow_weights))
+                 for fast,slow in zip(pg, slow_pg) if i >= self.frozen_idx or fast.requires_grad]
+        for fast,slow in pairs: check_tensors([fast], [slow], "state 'slow_weights'", fields_of([fast]))
+        return pairs
 
     def gather(self) -> Batch:
         "What steps now; on every `k`th step with the slow weights, unless memory is shared, where all parameters have to step first"
@@ -517,5 +530,6 @@ class LookaheadMixin:
         if slow is not None:
             if list(map(len, slow)) != list(map(len, self.param_lists)): raise ValueError("The saved 'slow_weights' are of another model")
             slow = L(L(copy_like(p, 'slow_weights', s) for p,s in zip(pg, slow_pg)) for pg,slow_pg in zip(self.param_lists, slow))
+        if not isinstance(sd['count'], int) or sd['count'] < 0: raise ValueError(f"The saved 'count' is a number of steps, and cannot be {sd['count']!r}")
         super().load_state_dict(sd)
-        self.count, self.slow_weights = int(sd['count']), slow
+        self.count, self.slow_weights = sd['count'], slow

@@ -11,16 +11,16 @@ import torch
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .core import OPTIMIZERS, Batch, FastOptimizer, LookaheadMixin, is_dense, spec_of
+from .core import NO_SADAM, OPTIMIZERS, Batch, FastOptimizer, LookaheadMixin, is_dense, spec_of
 from .rules import SLOTS, compile_rule, rule_args
 
 # %% auto #0
-__all__ = ['TensorList', 'Scalars', 'tensor_env', 'BLOCK', 'NO_SADAM', 'sgd_foreach_step', 'rmsprop_foreach_step',
-           'adam_foreach_step', 'radam_foreach_step', 'ranger_foreach_step', 'qhadam_foreach_step',
-           'larc_foreach_norms', 'larc_foreach_step', 'lamb_foreach_norms', 'lamb_foreach_step', 'blocks',
-           'ListOptimizer', 'ForEachOptimizer', 'SGDForEachOptimizer', 'RMSPropForEachOptimizer',
-           'AdamForEachOptimizer', 'RAdamForEachOptimizer', 'QHAdamForEachOptimizer', 'LarcForEachOptimizer',
-           'LambForEachOptimizer', 'RangerForEachOptimizer']
+__all__ = ['TensorList', 'Scalars', 'tensor_env', 'BLOCK', 'sgd_foreach_step', 'rmsprop_foreach_step', 'adam_foreach_step',
+           'radam_foreach_step', 'ranger_foreach_step', 'qhadam_foreach_step', 'larc_foreach_norms',
+           'larc_foreach_step', 'lamb_foreach_norms', 'lamb_foreach_step', 'blocks', 'ListOptimizer',
+           'ForEachOptimizer', 'SGDForEachOptimizer', 'RMSPropForEachOptimizer', 'AdamForEachOptimizer',
+           'RAdamForEachOptimizer', 'QHAdamForEachOptimizer', 'LarcForEachOptimizer', 'LambForEachOptimizer',
+           'RangerForEachOptimizer']
 
 # %% ../../nbs/optimizer.foreach.ipynb #cc472682
 TensorList = list[Tensor]
@@ -233,8 +233,6 @@ for _name,_step in dict(SGD=sgd_foreach_step, RMSProp=rmsprop_foreach_step, Adam
                         Ranger=ranger_foreach_step).items(): OPTIMIZERS[_name].steps['foreach'] = _step
 for _name,_step in dict(Larc=larc_foreach_norms, Lamb=lamb_foreach_norms).items(): OPTIMIZERS[_name].steps['norms'] = _step
 
-NO_SADAM = "ForEach has no SAdam: use `RAdam(beta=...)` with `fused=True`, with `jit=True`, or with neither"
-
 # %% ../../nbs/optimizer.foreach.ipynb #0977bd2a
 _trust = lru_cache(None)(lambda trust: compile_rule(trust, tensor_env))
 
@@ -254,6 +252,9 @@ class ListOptimizer(FastOptimizer):
     ):
         super().__init__(params, spec_of(opt_step), decouple_wd, **defaults)
         self.opt_step = opt_step
+
+    @property
+    def takes_beta(self): return 'beta' in rule_args(self.opt_step)
 
     def run(self, batch):
         takes_ratio = 'ratio' in rule_args(self.opt_step)
@@ -313,10 +314,6 @@ class AdamForEachOptimizer(ForEachOptimizer):
 class RAdamForEachOptimizer(ForEachOptimizer):
     "`ForEachOptimizer` with `radam_foreach_step`, which has no SAdam"
     __init__ = partialmethod(ForEachOptimizer.__init__, opt_step=radam_foreach_step)
-
-    def row(self, group, do_wd, step):
-        if self.hypers[group].get('beta'): raise ValueError(NO_SADAM)
-        return super().row(group, do_wd, step)
 
 class QHAdamForEachOptimizer(ForEachOptimizer):
     "`ForEachOptimizer` with `qhadam_foreach_step`"

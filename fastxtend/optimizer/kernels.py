@@ -121,6 +121,9 @@ class FusedOptimizer(ListOptimizer):
         _check_numba(concat(*self.param_lists))
         self.opt_step = spec.steps['foreach']
 
+    @property
+    def takes_beta(self): return self.spec.rule_beta is not None
+
     _launch = True # Is the step to run, and not only to be prepared?
 
     def rule(self,
