@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, event, given, settings, strategies as st
 GUARD, ROOM = -77., 19  # an odd number of elements, so that data is not aligned to more than an element
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ('contiguous', 'transposed', 'channels_last', 'sliced')
-# Float32 and float64 as in `common`; with 16 bits, a result that is nearly a tie may be rounded to either side
+# In units of eps. L2 regularization may cancel a gradient but for its rounding error, which adaptive optimizers then divide by itself,
+# so there 10 times as much is allowed. With 16 bits, a result that is nearly a tie may be rounded to either side
 TOLERANCE = {torch.float32: 40, torch.float64: 40, torch.bfloat16: 4, torch.float16: 6}
 
 # Of a layer's learning rate. Native's float32 norms are sums in float32: 1e-5 off for 20,000 equal elements, where the kernel's are not
@@ -119,6 +120,7 @@ def test_fused_is_native_and_writes_nothing_else(case):
     name, dtype, hypers, gen = case['name'], case['dtype'], case['hypers'], torch.Generator().manual_seed(case['seed'])
     def values(): return [torch.randn(s, generator=gen).to(dtype) for s in case['shapes']]
     event(f'{name}'); event(f'{dtype}')
+    tolerance = TOLERANCE[dtype]*(10 if hypers['wd'] and not hypers['decouple_wd'] else 1)
     start, memory, apart = values(), Guarded(), Distance()
     native = Native(start, case['groups'], dtype, name, **hypers)
     params = [memory.alloc(v, layout).requires_grad_() for v,layout in zip(start, case['layouts'])]
@@ -146,12 +148,12 @@ def test_fused_is_native_and_writes_nothing_else(case):
         for p,g in zip(params, kept): assert g is None or torch.equal(p.grad, g), "a gradient was modified"
         memory.check()
         for i,(p,q) in enumerate(zip(params, native.params)):
-            assert apart((i, 'p'), q, p) <= TOLERANCE[dtype]
+            assert apart((i, 'p'), q, p) <= tolerance
             a, b = native.opt.state[q], opt.state[p]
             assert set(a) == set(b), (a.keys(), b.keys())
             for k in a:
                 if k == 'local_lr': assert math.isclose(float(a[k]), float(b[k]), rel_tol=LR_TOLERANCE[dtype], abs_tol=1e-30)
-                elif isinstance(a[k], Tensor): assert apart((i, k), a[k], b[k]) <= TOLERANCE[dtype], k
+                elif isinstance(a[k], Tensor): assert apart((i, k), a[k], b[k]) <= tolerance, k
                 else: assert a[k] == b[k]
         stepped = [i for i,p in enumerate(params) if p.grad is not None and p.requires_grad]
         if stepped: assert len(opt.backend_report()) == len(stepped)

@@ -325,9 +325,9 @@ def repeats(
         seen[x] += 1
     return res
 
-# %% ../../nbs/optimizer.core.ipynb #062cf74b
-NO_SADAM = ("This optimizer has no SAdam: `RAdam(beta=...)` works with `fused=True`, with `jit=True` or with neither, but not with ForEach; "
-            "and `beta` in a Ranger with `jit=True` or without a flag")
+# %% ../../nbs/optimizer.core.ipynb #0c7fca87
+NO_SADAM = ("ForEach has no SAdam, and Ranger has it only with `jit=True` or without a flag: "
+            "use `RAdam(beta=...)` with `fused=True`, with `jit=True` or with neither")
 
 @patch
 def row(self:FastOptimizer,
