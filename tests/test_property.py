@@ -133,7 +133,7 @@ def test_fused_is_native_and_writes_nothing_else(case):
         for p in params: p.grad = None
         opt = happen(step.event, opt, params, memory, rebuild)
         if step.event == 'clear': native.opt.clear_state()
-        if step.event == 'no grads': native.step([None]*len(params), [])
+        if step.event == 'no grads': native.step([None]*len(params), [i for i,p in enumerate(params) if not p.requires_grad])
         opt.freeze_to(step.frozen_to)
         for o in (opt, native.opt): o.set_hypers(lr=step.lr, mom=step.mom)
         frozen = [i for i,p in enumerate(params) if not p.requires_grad]
