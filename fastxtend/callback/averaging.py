@@ -39,7 +39,7 @@ class AveragingCallback(Callback):
     ):
         check_count(start_epoch, 'start_epoch')
         store_attr()
-        self.average, self.trained, self.tensors = {}, None, {}
+        self.average, self.trained, self.tensors, self.replaced = {}, None, {}, {}
         self.n_averaged, self.ready, self.loaded = 0, False, False
 
     def weight(self) -> float:
@@ -84,14 +84,14 @@ def copy_into(
 def put_average(self:AveragingCallback):
     "Put the average into the model, if there is one and it is not there yet"
     if not self.n_averaged or self.trained is not None: return
-    self.trained = copies(self.replaced_tensors())
+    self.trained = copies(self.replaced)
     copy_into(self.tensors, self.average)
 
 @patch
 def put_trained(self:AveragingCallback):
     "Put the weights of training into the model, if they are not there yet"
     if self.trained is None: return
-    copy_into(self.replaced_tensors(), self.trained)
+    copy_into(self.replaced, self.trained)
     self.trained = None
 
 # %% ../../nbs/callback.averaging.ipynb #60c97c68
@@ -106,6 +106,7 @@ def start(self:AveragingCallback):
     "Begin to average, or go on"
     self.tensors = self.averaged_tensors()
     if not self.tensors: raise ValueError("There is nothing to average: all parameters are frozen, and `all_parameters` is not set")
+    self.replaced = self.replaced_tensors()
     if (self.resume or self.loaded) and self.n_averaged: self.go_on()
     else: self.average, self.trained, self.n_averaged = {}, None, 0
     self.ready, self.loaded = True, False
@@ -114,7 +115,7 @@ def start(self:AveragingCallback):
 def go_on(self:AveragingCallback):
     "Check that what was averaged is the same as now, and bring it to the model's devices and types"
     self.average = fitted(self.average, self.tensors)
-    if self.trained is not None: self.trained = fitted(self.trained, self.replaced_tensors())
+    if self.trained is not None: self.trained = fitted(self.trained, self.replaced)
 
 def fitted(
     saved:dict[str, Tensor], # Saved tensors
@@ -151,7 +152,7 @@ def after_fit(self:AveragingCallback):
 @patch
 def state_dict(self:AveragingCallback) -> dict:
     "Copies of the average and of the weights of training, by name, and how many times it was averaged (`n_averaged`)"
-    trained = self.trained if self.trained is not None else self.replaced_tensors()
+    trained = self.trained if self.trained is not None else self.replaced
     return dict(n_averaged=self.n_averaged, average=copies(self.average), trained=copies(trained) if self.n_averaged else {})
 
 @patch
@@ -235,7 +236,7 @@ class SWACallback(AveragingCallback):
 
     def replaced_tensors(self):
         "Also the statistics of batch norm"
-        if not self.update_bn or self.learn is None: return self.tensors
+        if not self.update_bn: return self.tensors
         stats = {f'{n}.{name}': b for n,m in batch_norms(get_model(self.model)).items() for name,b in m.named_buffers()}
         return {**self.tensors, **stats}
 
