@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/basics.ipynb #2a3ff335
+# %% ../nbs/basics.ipynb #c71e12aa
+import fastxtend.schedulers # adds `Learner.fit_flat_varied`
+from .callback.averaging import EMACallback, SWACallback
 from .callback.profiler import SimpleProfilerCallback
 from .optimizer import all as _optimizer
 from .optimizer.all import *
 
-__all__ = [*_optimizer.__all__, 'SimpleProfilerCallback']
+__all__ = [*_optimizer.__all__, 'EMACallback', 'SWACallback', 'SimpleProfilerCallback']

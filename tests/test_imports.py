@@ -1,0 +1,104 @@
+"What an import of fastxtend does to others: nothing, and what it needs: little. Each test has an interpreter of its own"
+import subprocess, sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+root = Path(__file__).parent.parent
+
+# `fastxtend.showdoc` needs nbdev, and `cuda` a Triton, which users may not have
+needs = {'fastxtend.showdoc': 'nbdev', 'fastxtend.optimizer.cuda': 'triton', 'fastxtend.optimizer.cpu': 'numba'}
+modules = sorted('.'.join(p.relative_to(root).with_suffix('').parts).removesuffix('.__init__') for p in (root/'fastxtend').rglob('*.py')
+                 if p.name not in ('_modidx.py', '__main__.py'))
+
+def python(code, *args):
+    "Run `code`, which has to end well; what it prints"
+    res = subprocess.run([sys.executable, *args, '-c', dedent(code)], cwd=root, capture_output=True, text=True)
+    assert res.returncode == 0, res.stdout + res.stderr
+    return res.stdout
+
+def test_import_is_silent():
+    "fastai and others warn when they are imported, and we do not"
+    out = python(f'''
+        import importlib, importlib.util, warnings
+        others = [o for o in ('nbdev.showdoc', 'numba', 'triton') if importlib.util.find_spec(o.split('.')[0])]
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            for name in ['fastai.vision.all', *others]: importlib.import_module(name)
+        warnings.simplefilter('error')
+        needs = {needs}
+        for name in {modules}:
+            if name not in needs or importlib.util.find_spec(needs[name]): importlib.import_module(name)
+        print('imported')
+    ''')
+    assert out == 'imported\n'
+
+BLOCK = '''
+    import sys, warnings
+    warnings.simplefilter('ignore')
+    sys.modules.update(dict.fromkeys({blocked}))
+'''
+
+def blocking(blocked, code): return dedent(BLOCK.format(blocked=blocked)) + dedent(code)
+
+STEPS = '''
+    import torch
+    from fastxtend.optimizer.all import *
+    assert not any(sys.modules.get(o) for o in ('torchvision', 'numba', 'triton'))
+
+    def stepped(helper, **kwargs):
+        torch.manual_seed(0)
+        params = [torch.randn(4, 3), torch.randn(7), torch.tensor(1.)]
+        for p in params: p.grad = torch.randn_like(p)
+        opt = helper(**kwargs)([params[:1], params[1:]], lr=.1)
+        for _ in range(8): opt.step()
+        return params
+
+    for helper in (sgd, rmsprop, adam, radam, qhadam, larc, lamb, ranger):
+        native = stepped(helper)
+        for backend in ('foreach', 'jit'):
+            for a,b in zip(native, stepped(helper, **{backend: True})): torch.testing.assert_close(a, b)
+'''
+
+def test_works_without_torchvision_numba_and_triton():
+    "and `fused=True` says what it needs"
+    out = python(blocking({'torchvision', 'numba', 'llvmlite', 'triton'}, STEPS + '''
+    try: stepped(adam, fused=True)
+    except ImportError as e: print(e)
+    '''))
+    assert 'pip install fastxtend[fused]' in out and 'foreach=True' in out
+
+def test_blocking_blocks():
+    "The test above is of no use if it does not"
+    out = python(blocking({'torchvision'}, '''
+        from importlib.util import find_spec
+        try: import torchvision
+        except ImportError: print('not imported')
+        print(find_spec('torchvision'))
+    '''))
+    assert out == 'not imported\nNone\n'
+
+REPLACED = {'SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'ranger'}
+ADDED = {'Ranger', 'sgd', 'rmsprop', 'adam', 'radam', 'qhadam', 'larc', 'lamb', 'FusedOptimizer', 'FusedLookahead', 'JitOptimizer', 'JitLookahead',
+         'ForEachOptimizer', *(f'{o}ForEachOptimizer' for o in ('SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'Ranger'))}
+ADDED_BASICS = ADDED | {'EMACallback', 'SWACallback', 'SimpleProfilerCallback'}
+
+@pytest.mark.parametrize('first, ours, added', [
+    ('fastai.vision.all', 'fastxtend.vision.all', ADDED_BASICS),
+    ('fastai.tabular.all', 'fastxtend.basics', ADDED_BASICS),
+    ('fastai.vision.all', 'fastxtend.optimizer.all', ADDED)])
+def test_wildcard_import(first, ours, added):
+    "Only fastai's optimizers are replaced, and only what is listed here is new"
+    out = python(f'''
+        import warnings
+        warnings.simplefilter('ignore')
+        before, after = {{}}, {{}}
+        exec('from {first} import *', before)
+        exec('from {first} import *; from {ours} import *', after)
+        print({{n for n in before if n != '__builtins__' and after[n] is not before[n]}})
+        print(set(after) - set(before))
+    ''')
+    replaced, new = map(eval, out.splitlines())
+    assert replaced == REPLACED
+    assert new == added
