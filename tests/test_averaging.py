@@ -1,7 +1,7 @@
 "Averages of the weights: torch's numbers, what is in the model when, and training that does not notice"
 from __future__ import annotations
 
-import io
+import io, warnings
 from copy import deepcopy
 from functools import partial
 
@@ -242,6 +242,14 @@ def test_swa_has_its_own_statistics():
     assert_same(params(mine.model), params(none.model))
     assert torch.equal(none.model[1].running_mean, fit(learner()).model[1].running_mean)
     assert not torch.equal(mine.model[1].running_mean, none.model[1].running_mean)
+
+def test_warns_of_an_average_of_first_weights():
+    with pytest.warns(UserWarning, match='36% of the average is still'): fit(learner(), 4, cbs=EMACallback(1 - 1/23))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*of the average')
+        fit(learner(), 4, cbs=EMACallback(.85))
+        fit(learner(), 1, cbs=EMACallback(.999, replace_weights=False))
+        fit(learner(), 1, cbs=EMACallback(.999, start_epoch=1))
 
 @pytest.mark.parametrize('decay', [1, 1.5, -.1, float('nan'), '.9', True])
 def test_bad_decay(decay):

@@ -247,6 +247,25 @@ def test_built_optimizer():
     train(opt, params); train(ref, ref_params)
     assert_equal(params, ref_params)
 
+@pytest.mark.skipif(not hasattr(optim, 'Muon'), reason="this PyTorch has no Muon")
+def test_muon():
+    "It takes matrices only"
+    runs = []
+    for make in (partial(TorchOptimizer, opt=optim.Muon), lambda groups, **kw: optim.Muon([dict(params=g) for g in groups], **kw)):
+        params = make_params(shapes=[(6, 5), (5, 4)])
+        opt = make([params[:1], params[1:]], lr=1e-2, weight_decay=.3)
+        if isinstance(opt, TorchOptimizer): opt.state[params[1]]['do_wd'] = False
+        else: opt.param_groups[1]['weight_decay'] = 0.
+        for t in range(STEPS):
+            if isinstance(opt, TorchOptimizer): opt.set_hyper('mom', .9 - .02*t)
+            else:
+                for g in opt.param_groups: g['momentum'] = .9 - .02*t
+            set_grads(params, t)
+            opt.step()
+        runs.append(params)
+    assert_equal(*runs)
+    with pytest.raises(ValueError, match='2D'): TorchOptimizer(make_params(), opt=optim.Muon)
+
 def test_names():
     assert hyper_names(optim.RMSprop)['alpha'] == 'sqr_mom' and 'alpha' not in hyper_names(optim.ASGD)
     opt = TorchOptimizer(make_params(), opt=optim.Adadelta)

@@ -170,7 +170,7 @@ def load_state_dict(self:AveragingCallback,
 class EMACallback(AveragingCallback):
     "Exponential moving average of the weights, taken after every step of the optimizer"
     def __init__(self,
-        decay:float=.9998, # What remains of the old average in a step: looks back `1/(1-decay)` steps
+        decay:float=.998, # What remains of the old average in a step: looks back `1/(1-decay)` steps
         **kwargs
     ):
         if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay < 1: raise ValueError(f"`decay` is at least 0 and less than 1, not {decay!r}")
@@ -191,6 +191,14 @@ class EMACallback(AveragingCallback):
         "Average, if the optimizer has stepped"
         if self.stepping and self.epoch >= self.start_epoch: self.update()
         self.stepping = False
+
+    def after_fit(self):
+        "Leave the right weights in the model, and warn if the average is still mostly of the first ones"
+        first = self.decay**(self.n_averaged-1) if self.n_averaged else 0.
+        if self.ready and self.replace_weights and first > .05:
+            warn(f"After {self.n_averaged} steps with `decay={self.decay}`, {first:.0%} of the average is still the weights it began with: "
+                 "use a smaller `decay`, or `replace_weights=False`")
+        super().after_fit()
 
 # %% ../../nbs/callback.averaging.ipynb #59aac41b
 def batch_norms(
