@@ -152,10 +152,8 @@ def test_distrib_ctx(tmp_path):
 
 def test_fsdp(tmp_path): launch('fsdp', ELEMENTWISE, WAYS, tmp_path)
 
-@pytest.mark.xfail(strict=True, reason="norms of a DTensor have to be reduced before they become numbers")
 def test_fsdp_norms(tmp_path): launch('fsdp', WITH_NORMS, ('foreach', 'fused'), tmp_path)
 
-@pytest.mark.xfail(strict=True, reason="a DTensor cannot be cut into blocks")
 def test_fsdp_of_a_large_parameter(tmp_path): launch('wide', ['SGD', 'Adam'], ('foreach', 'fused'), tmp_path)
 
 if __name__ == '__main__':

@@ -17,10 +17,10 @@ from .rules import SLOTS, compile_rule, rule_args
 # %% auto #0
 __all__ = ['TensorList', 'Scalars', 'tensor_env', 'BLOCK', 'sgd_foreach_step', 'rmsprop_foreach_step', 'adam_foreach_step',
            'radam_foreach_step', 'ranger_foreach_step', 'qhadam_foreach_step', 'larc_foreach_norms',
-           'larc_foreach_step', 'lamb_foreach_norms', 'lamb_foreach_step', 'blocks', 'ListOptimizer',
-           'ForEachOptimizer', 'SGDForEachOptimizer', 'RMSPropForEachOptimizer', 'AdamForEachOptimizer',
-           'RAdamForEachOptimizer', 'QHAdamForEachOptimizer', 'LarcForEachOptimizer', 'LambForEachOptimizer',
-           'RangerForEachOptimizer']
+           'larc_foreach_step', 'lamb_foreach_norms', 'lamb_foreach_step', 'is_sharded', 'whole', 'blocks',
+           'ListOptimizer', 'ForEachOptimizer', 'SGDForEachOptimizer', 'RMSPropForEachOptimizer',
+           'AdamForEachOptimizer', 'RAdamForEachOptimizer', 'QHAdamForEachOptimizer', 'LarcForEachOptimizer',
+           'LambForEachOptimizer', 'RangerForEachOptimizer']
 
 # %% ../../nbs/optimizer.foreach.ipynb #cc472682
 TensorList = list[Tensor]
@@ -198,13 +198,25 @@ def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:T
     step_size = [_nth(scale, i)*_nth(ratio, i) for i in range(len(p))]
     torch._foreach_addcdiv_(p, grad_avg, _root(sqr_avg, eps), _neg(step_size))
 
-# %% ../../nbs/optimizer.foreach.ipynb #11de2bc0
+# %% ../../nbs/optimizer.foreach.ipynb #95c3f2e8
 BLOCK = 2**18
+
+def is_sharded(
+    t:Tensor, # A parameter, or what belongs to it
+) -> bool:
+    "Is `t` a `DTensor`, such as FSDP2 makes of parameters?"
+    return hasattr(t, 'full_tensor')
+
+def whole(
+    t:Tensor, # Any tensor
+) -> Tensor:
+    "`t`, reduced across all processes if it is a `DTensor`"
+    return t.full_tensor() if is_sharded(t) else t
 
 def _pieces(ts):
     "Flat pieces of tensors that have the same dense layout, or the tensors if they do not"
     p = ts[0]
-    if not is_dense(p) or any(t.stride() != p.stride() for t in ts): return [ts]
+    if is_sharded(p) or not is_dense(p) or any(t.stride() != p.stride() for t in ts): return [ts]
     return zip(*(t.as_strided((t.numel(),), (1,)).split(BLOCK) for t in ts))
 
 def blocks(
@@ -258,8 +270,8 @@ class ListOptimizer(FastOptimizer):
 
     def run(self, batch):
         takes_ratio = 'ratio' in rule_args(self.opt_step)
-        whole = self.spec.norms is not None and not takes_ratio  # the step takes norms itself
-        pieces = [(batch.tensors(), range(len(batch)))] if whole else list(blocks(batch))
+        in_step = self.spec.norms is not None and not takes_ratio  # the step takes norms itself
+        pieces = [(batch.tensors(), range(len(batch)))] if in_step else list(blocks(batch))
         if takes_ratio: batch.rows, batch.row_ids = self.with_ratios(batch, pieces)
         ratios = [r for piece in pieces for r in self.call(self.opt_step, batch, *piece) or []]
         if self.spec.ratio_name:
@@ -281,7 +293,7 @@ class ListOptimizer(FastOptimizer):
         pieces:list, # What `blocks` made of it
     ) -> tuple[list, list]: # A row for each parameter, and their positions
         "Take norms, and put the trust ratio of each parameter into a row of its own"
-        norms = [torch.stack([torch.stack(n) for n in self.call(self.spec.steps['norms'], batch, *piece)]) for piece in pieces]
+        norms = [torch.stack([torch.stack(list(map(whole, n))) for n in self.call(self.spec.steps['norms'], batch, *piece)]) for piece in pieces]
         owners = [i for _,owners in pieces for i in owners]
         a_sqr, b_sqr = _sum_by(owners, len(batch), torch.cat(norms, 1).square())
         args = (batch.scalar(n) for n in rule_args(self.spec.trust)[2:])

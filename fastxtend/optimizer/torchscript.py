@@ -14,10 +14,10 @@ from fastai.torch_basics import *
 from torch import Tensor
 
 from .core import OPTIMIZERS, LookaheadMixin
-from .foreach import ListOptimizer
+from .foreach import ListOptimizer, is_sharded
 
 # %% auto #0
-__all__ = ['JIT_STEPS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'moments_',
+__all__ = ['JIT_STEPS', 'NO_SHARDS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'moments_',
            'sgd_jit_step', 'rmsprop_jit_step', 'adam_jit_step', 'radam_jit_step', 'ranger_jit_step', 'qhadam_jit_step',
            'larc_jit_step', 'lamb_jit_step', 'JitOptimizer', 'JitLookahead']
 
@@ -231,14 +231,20 @@ JIT_STEPS = dict(SGD=sgd_jit_step, RMSProp=rmsprop_jit_step, Adam=adam_jit_step,
                  Larc=larc_jit_step, Lamb=lamb_jit_step, Ranger=ranger_jit_step)
 for _name,_step in JIT_STEPS.items(): OPTIMIZERS[_name].steps['jit'] = _step
 
+NO_SHARDS = "TorchScript cannot take norms of sharded parameters (`DTensor`): use `foreach=True` or `fused=True`"
+
 class JitOptimizer(ListOptimizer):
     "An `Optimizer` with a modified step for TorchScript optimizers"
+    def __init__(self, params, *args, **kwargs):
+        super().__init__(params, *args, **kwargs)
+        if self.spec.norms is not None and any(map(is_sharded, concat(*self.param_lists))): raise NotImplementedError(NO_SHARDS)
+
     def scalar_arg(self, value, owners):
         return [float(value[i]) for i in owners] if isinstance(value, list) else [float(value)]*len(owners)
 
     def __getstate__(self):
         "Scripted functions cannot be pickled, but those of this module can be found again by the name of their optimizer"
-        state = dict(self.__dict__)
+        state = super().__getstate__()
         if self.opt_step is self.spec.steps.get('jit'): del state['opt_step']
         return state
 
