@@ -198,8 +198,8 @@ def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:T
     step_size = [_nth(scale, i)*_nth(ratio, i) for i in range(len(p))]
     torch._foreach_addcdiv_(p, grad_avg, _root(sqr_avg, eps), _neg(step_size))
 
-# %% ../../nbs/optimizer.foreach.ipynb #95c3f2e8
-BLOCK = 2**18
+# %% ../../nbs/optimizer.foreach.ipynb #ff4eaec4
+BLOCK = 2**20
 
 def is_sharded(
     t:Tensor, # A parameter, or what belongs to it
@@ -213,29 +213,29 @@ def whole(
     "`t`, reduced across all processes if it is a `DTensor`"
     return t.full_tensor() if is_sharded(t) else t
 
-def _pieces(ts):
+def _pieces(ts, size):
     "Flat pieces of tensors that have the same dense layout, or the tensors if they do not"
     p = ts[0]
     if is_sharded(p) or not is_dense(p) or any(t.stride() != p.stride() for t in ts): return [ts]
-    return zip(*(t.as_strided((t.numel(),), (1,)).split(BLOCK) for t in ts))
+    return zip(*(t.as_strided((t.numel(),), (1,)).split(size) for t in ts))
 
 def blocks(
     batch:Batch, # Parameters of one device
 ):
-    "Lists of tensors (parameters, gradients, slots) that fit the cache, and the parameter each one belongs to; a step without slots is too short to gain"
-    tensors = batch.tensors()
-    sizes = list(map(Tensor.numel, batch.params))
-    if batch.params[0].device.type != 'cpu' or sum(sizes) <= BLOCK or not batch.slots:
+    "Lists of tensors (parameters, gradients, slots) that fit the cache, and the parameter each one belongs to"
+    tensors, sizes = batch.tensors(), list(map(Tensor.numel, batch.params))
+    limit = BLOCK if len(batch.slots) > 1 else 4*BLOCK  # the shorter a step, the less there is to gain
+    if batch.params[0].device.type != 'cpu' or sum(sizes) <= limit:
         yield tensors, range(len(batch))
         return
-    block, owners, room = [], [], BLOCK
+    block, owners, room = [], [], limit
     for i,size in enumerate(sizes):
         ts = [o[i] for o in tensors]
-        for piece in (_pieces(ts) if size > BLOCK else [ts]):
-            n = piece[0].numel() if size > BLOCK else size
+        for piece in (_pieces(ts, limit) if size > limit else [ts]):
+            n = piece[0].numel() if size > limit else size
             if n > room and block:
                 yield list(map(list, zip(*block))), owners
-                block, owners, room = [], [], BLOCK
+                block, owners, room = [], [], limit
             block.append(piece); owners.append(i); room -= n
     yield list(map(list, zip(*block))), owners
 

@@ -55,15 +55,16 @@ def add_momentum_(grad_avg:Tensor, g:Tensor, mom:float) -> Tensor:
     return torch.add(g, grad_avg, alpha=mom, out=grad_avg)
 
 @script
-def add_square_(sqr_avg:Tensor, g:Tensor, sqr_damp:float):
-    "Exponential moving average of the square of `g`, in place"
-    sqr_avg.lerp_(g*g, sqr_damp)
+def add_square_(sqr_avg:Tensor, g:Tensor, sqr_mom:float, sqr_damp:float):
+    "Exponential moving average of the square of `g`, in place: small tensors in the fewest operations, large ones without a temporary"
+    if g.numel() < 16384: sqr_avg.lerp_(g*g, sqr_damp)
+    else: sqr_avg.mul_(sqr_mom).addcmul_(g, g, value=sqr_damp)
 
 @script
-def moments_(g:Tensor, grad_avg:Tensor, sqr_avg:Tensor, damp:float, sqr_damp:float):
+def moments_(g:Tensor, grad_avg:Tensor, sqr_avg:Tensor, damp:float, sqr_mom:float, sqr_damp:float):
     "Exponential moving averages of `g` and of its square, in place"
     grad_avg.lerp_(g, damp)
-    add_square_(sqr_avg, g, sqr_damp)
+    add_square_(sqr_avg, g, sqr_mom, sqr_damp)
 
 # %% ../../nbs/optimizer.torchscript.ipynb #6c6d1c84
 @script
@@ -100,7 +101,7 @@ def rmsprop_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_
             sqr_avg[i].copy_(sqr)
             p[i].copy_(param)
         else:
-            add_square_(sqr_avg[i], grad, sqr_damp[i])
+            add_square_(sqr_avg[i], grad, sqr_mom[i], sqr_damp[i])
             if len(grad_avg) > 0: grad = add_momentum_(grad_avg[i], grad, mom[i])
             weight_decay_(p[i], decay[i]).addcdiv_(grad, sqr_avg[i].sqrt().add_(eps[i]), value=-lr[i])
 
@@ -119,7 +120,7 @@ def adam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
             sqr_avg[i].copy_(sqr)
             p[i].copy_(param)
         else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_damp[i])
+            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
             weight_decay_(p[i], decay[i]).addcdiv_(grad_avg[i], sqr_avg[i].sqrt().add_(eps[i]), value=-step_size[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #06851423
@@ -140,7 +141,7 @@ def radam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_av
             sqr_avg[i].copy_(sqr)
             p[i].copy_(param)
         else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_damp[i])
+            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
             weight_decay_(p[i], decay[i])
             if rectified[i] == 0.: p[i].add_(grad_avg[i], alpha=-step_size[i])
             else:
@@ -176,7 +177,7 @@ def qhadam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_a
             sqr_avg[i].copy_(sqr)
             p[i].copy_(param)
         else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_damp[i])
+            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
             denom = sqr_avg[i].mul(sqr_avg_coef[i])
             if sqr_g_coef[i] != 0.: denom.addcmul_(grad, grad, value=sqr_g_coef[i])
             denom.sqrt_().add_(eps[i])
@@ -218,7 +219,7 @@ def lamb_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
             ratio = torch.where((p_norm == 0) | (u_norm == 0), torch.ones_like(p_norm), (p_norm/u_norm).clamp(max=max_ratio[i]))
             p[i].copy_(param - lr[i]*ratio*update)
         else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_damp[i])
+            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
             update = sqr_avg[i].sqrt().add_(eps[i])
             torch.div(grad_avg[i], update, out=update)
             p_norm, u_norm = float(weight_decay_(p[i], decay[i]).norm()), scale[i]*float(update.norm())
