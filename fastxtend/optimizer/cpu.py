@@ -120,11 +120,12 @@ _norms_source = '''
 def {name}(tensors, start, n, row, out):
     at = carray(i64_ptr(tensors), {n_tensors})
     {scalars} = {loads}
-    {arrays} = {carrays}
     a_sqr = b_sqr = 0.
-    for first in range(0, n, 512):
+    end = start + n
+    for start in range(start, end, 512):
+        {arrays} = {carrays}
         a_part = b_part = zero
-        for i in range(first, min(first + 512, n)):
+        for i in range(min(512, end - start)):
             a, b = rule({elements}, {scalars})
             a_part += a*a
             b_part += b*b
@@ -148,7 +149,7 @@ def chunk_source(
     return (_norms_source if norms else _chunk_source).format(
         name=name, n_tensors=len(tensors), scalars=each('{}', scalars) + ',',
         loads=each('values[{}]', map(row.index, scalars)) + ',',
-        arrays=each('{}s', tensors), carrays=each('carray(elements(at[{i}] + start*{size}), n)', tensors),
+        arrays=each('{}s', tensors), carrays=each('carray(elements(at[{i}] + start*{size}), '+('end - start' if norms else 'n')+')', tensors),
         elements=each('load({}s[i])', tensors), results=each('{}', written) + ',',
         stores=each('{0}s[i] = save({0})', written, '; ')).replace('    at =', f'    values = carray(scalars(row), {len(row)})\n    at =')
 
