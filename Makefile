@@ -34,7 +34,7 @@ sync: setup ## Do modules and README.md agree with the notebooks?
 	@PATH="$(abspath $(bin)):$$PATH" bash .ci/sync
 
 nbtest: setup ## Run the notebooks
-	$(bin)/nbdev-test --n_workers 1 --do_print
+	$(bin)/nbdev-test --n-workers 1 --do-print
 
 pytest: setup ## Run the tests; ARGS="-k adam" chooses
 	$(bin)/python -m pytest $(ARGS)
