@@ -17,9 +17,9 @@ from .core import OPTIMIZERS, LookaheadMixin
 from .foreach import ListOptimizer, is_sharded
 
 # %% auto #0
-__all__ = ['JIT_STEPS', 'NO_SHARDS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'moments_',
-           'sgd_jit_step', 'rmsprop_jit_step', 'adam_jit_step', 'radam_jit_step', 'ranger_jit_step', 'qhadam_jit_step',
-           'larc_jit_step', 'lamb_jit_step', 'JitOptimizer', 'JitLookahead']
+__all__ = ['JIT_STEPS', 'NO_SHARDS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'root',
+           'moments_', 'sgd_jit_step', 'rmsprop_jit_step', 'adam_jit_step', 'radam_jit_step', 'ranger_jit_step',
+           'qhadam_jit_step', 'larc_jit_step', 'lamb_jit_step', 'JitOptimizer', 'JitLookahead']
 
 # %% ../../nbs/optimizer.torchscript.ipynb #5e4c9f7b
 class NoScript:
@@ -61,6 +61,11 @@ def add_square_(sqr_avg:Tensor, g:Tensor, sqr_mom:float, sqr_damp:float):
     else: sqr_avg.mul_(sqr_mom).addcmul_(g, g, value=sqr_damp)
 
 @script
+def root(sqr_avg:Tensor, eps:float, one:Tensor) -> Tensor:
+    "`sqrt(sqr_avg) + eps`; `eps` times `one`, because adding a number would make a tensor of it first"
+    return sqr_avg.sqrt().add_(one, alpha=eps)
+
+@script
 def moments_(g:Tensor, grad_avg:Tensor, sqr_avg:Tensor, damp:float, sqr_mom:float, sqr_damp:float):
     "Exponential moving averages of `g` and of its square, in place"
     grad_avg.lerp_(g, damp)
@@ -89,6 +94,7 @@ def sgd_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], decay:Li
 def rmsprop_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg:List[Tensor], decay:List[float], l2:List[float],
                      mom:List[float], sqr_mom:List[float], sqr_damp:List[float], lr:List[float], eps:List[float]):
     "RMSProp (Hinton, 2012), with momentum if there is a `grad_avg`"
+    one = torch.ones([])
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
         if p[i].is_cuda:
@@ -103,13 +109,14 @@ def rmsprop_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_
         else:
             add_square_(sqr_avg[i], grad, sqr_mom[i], sqr_damp[i])
             if len(grad_avg) > 0: grad = add_momentum_(grad_avg[i], grad, mom[i])
-            weight_decay_(p[i], decay[i]).addcdiv_(grad, sqr_avg[i].sqrt().add_(eps[i]), value=-lr[i])
+            weight_decay_(p[i], decay[i]).addcdiv_(grad, root(sqr_avg[i], eps[i], one), value=-lr[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #3d0f8b41
 @script
 def adam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg:List[Tensor], decay:List[float], l2:List[float],
                   mom:List[float], damp:List[float], sqr_mom:List[float], sqr_damp:List[float], step_size:List[float], eps:List[float]):
     "Adam (Kingma & Ba, 2014)"
+    one = torch.ones([])
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
         if p[i].is_cuda:
@@ -121,7 +128,7 @@ def adam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
             p[i].copy_(param)
         else:
             moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
-            weight_decay_(p[i], decay[i]).addcdiv_(grad_avg[i], sqr_avg[i].sqrt().add_(eps[i]), value=-step_size[i])
+            weight_decay_(p[i], decay[i]).addcdiv_(grad_avg[i], root(sqr_avg[i], eps[i], one), value=-step_size[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #06851423
 @script
@@ -129,6 +136,7 @@ def radam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_av
                    mom:List[float], damp:List[float], sqr_mom:List[float], sqr_damp:List[float],
                    rectified:List[float], step_size:List[float], sqr_scale:List[float], eps:List[float], beta:List[float]):
     "RAdam (Liu et al., 2019), with the softplus of SAdam (Tong et al., 2019) where `beta` is not zero"
+    one = torch.ones([])
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
         if p[i].is_cuda:
@@ -146,7 +154,7 @@ def radam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_av
             if rectified[i] == 0.: p[i].add_(grad_avg[i], alpha=-step_size[i])
             else:
                 denom = sqr_avg[i].sqrt()
-                if beta[i] == 0.: denom.add_(eps[i])
+                if beta[i] == 0.: denom.add_(one, alpha=eps[i])
                 else: denom = F.softplus(denom.mul_(sqr_scale[i]).add_(eps[i]), beta[i])
                 p[i].addcdiv_(grad_avg[i], denom, value=-step_size[i])
 
@@ -166,6 +174,7 @@ def qhadam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_a
                     mom:List[float], damp:List[float], sqr_mom:List[float], sqr_damp:List[float],
                     g_coef:List[float], avg_coef:List[float], sqr_g_coef:List[float], sqr_avg_coef:List[float], eps:List[float]):
     "QHAdam (Ma & Yarats, 2018)"
+    one = torch.ones([])
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
         if p[i].is_cuda:
@@ -180,7 +189,7 @@ def qhadam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_a
             moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
             denom = sqr_avg[i].mul(sqr_avg_coef[i])
             if sqr_g_coef[i] != 0.: denom.addcmul_(grad, grad, value=sqr_g_coef[i])
-            denom.sqrt_().add_(eps[i])
+            denom.sqrt_().add_(one, alpha=eps[i])
             num = grad_avg[i].mul(avg_coef[i]).add_(grad, alpha=g_coef[i])
             weight_decay_(p[i], decay[i]).addcdiv_(num, denom, value=-1.)
 
@@ -206,6 +215,7 @@ def lamb_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
                   mom:List[float], damp:List[float], sqr_mom:List[float], sqr_damp:List[float], scale:List[float], eps:List[float],
                   lr:List[float], max_ratio:List[float]):
     "LAMB (You et al., 2019)"
+    one = torch.ones([])
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
         if p[i].is_cuda:
@@ -220,7 +230,7 @@ def lamb_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
             p[i].copy_(param - lr[i]*ratio*update)
         else:
             moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
-            update = sqr_avg[i].sqrt().add_(eps[i])
+            update = root(sqr_avg[i], eps[i], one)
             torch.div(grad_avg[i], update, out=update)
             p_norm, u_norm = float(weight_decay_(p[i], decay[i]).norm()), scale[i]*float(update.norm())
             ratio = 1.
