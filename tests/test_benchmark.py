@@ -260,8 +260,9 @@ def test_command_recommends():
     assert res.returncode == 0 and res.stdout.count('opt_func=adam(') == 1, res.stderr
 
 def test_command_keeps_results_on_ctrl_c(tmp_path):
-    proc = subprocess.Popen([sys.executable, '-m', 'fastxtend.benchmark', '--models', 'XResNet50,tiny', '--optimizers', 'SGD', '--backends', 'native',
-                             '--seconds', '600', '--out', str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    proc = subprocess.Popen([sys.executable, '-m', 'fastxtend.benchmark', '--models', 'tiny,XResNet50', '--optimizers', 'SGD', '--backends', 'native',
+                             '--seconds', '600', '--out', str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background inherits it ignored
     seen = ''
     while '[0/2' not in seen:
         seen += proc.stdout.read(1)
