@@ -89,7 +89,7 @@ def RMSProp(
     jit:bool=False, # Use fused TorchScript implementation
     fused:bool=False, # Use one kernel a step, on CPUs and CUDA GPUs
 ) -> Optimizer|RMSPropForEachOptimizer|JitOptimizer|FusedOptimizer:
-    "A fastai RMSProp/RMSPropW optimizer with fused ForEach, TorchScript and single-kernel implementations"
+    "A fastai RMSProp/RMSPropW optimizer (Hinton, 2012) with fused ForEach, TorchScript and single-kernel implementations"
     return _build('RMSProp', **locals())
 
 rmsprop = _helper(RMSProp)
@@ -107,7 +107,7 @@ def Adam(
     jit:bool=False, # Use fused TorchScript implementation
     fused:bool=False, # Use one kernel a step, on CPUs and CUDA GPUs
 ) -> Optimizer|AdamForEachOptimizer|JitOptimizer|FusedOptimizer:
-    "A fastai Adam/AdamW optimizer with fused ForEach, TorchScript and single-kernel implementations"
+    "A fastai Adam/AdamW optimizer (Kingma & Ba, 2014; Loshchilov & Hutter, 2017) with fused ForEach, TorchScript and single-kernel implementations"
     return _build('Adam', **locals())
 
 adam = _helper(Adam)
@@ -126,12 +126,12 @@ def RAdam(
     jit:bool=False, # Use fused TorchScript implementation
     fused:bool=False, # Use one kernel a step, on CPUs and CUDA GPUs
 ) -> Optimizer|RAdamForEachOptimizer|JitOptimizer|FusedOptimizer:
-    "A fastai RAdam/RAdamW optimizer with fused ForEach, TorchScript and single-kernel implementations"
+    "A fastai RAdam/RAdamW optimizer (Liu et al., 2019) with fused ForEach, TorchScript and single-kernel implementations"
     return _build('RAdam', **locals())
 
 radam = _helper(RAdam)
 
-# %% ../../nbs/optimizer.fused.ipynb #5a422f77
+# %% ../../nbs/optimizer.fused.ipynb #ccacb6fc
 def QHAdam(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Default learning rate
@@ -146,12 +146,12 @@ def QHAdam(
     jit:bool=False, # Use fused TorchScript implementation
     fused:bool=False, # Use one kernel a step, on CPUs and CUDA GPUs
 ) -> Optimizer|QHAdamForEachOptimizer|JitOptimizer|FusedOptimizer:
-    "A fastai QHAdam/QHAdamW optimizer with fused ForEach, TorchScript and single-kernel implementations"
+    "A fastai QHAdam/QHAdamW optimizer (Ma & Yarats, 2018) with fused ForEach, TorchScript and single-kernel implementations"
     return _build('QHAdam', **locals())
 
 qhadam = _helper(QHAdam)
 
-# %% ../../nbs/optimizer.fused.ipynb #cb8fe44c
+# %% ../../nbs/optimizer.fused.ipynb #72f4a0ba
 def Larc(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Default learning rate
@@ -165,12 +165,12 @@ def Larc(
     jit:bool=False, # Use fused TorchScript implementation
     fused:bool=False, # Use one kernel a step, on CPUs and CUDA GPUs
 ) -> Optimizer|LarcForEachOptimizer|JitOptimizer|FusedOptimizer:
-    "A fastai LARC/LARS optimizer with fused ForEach, TorchScript and single-kernel implementations"
+    "A fastai LARC/LARS optimizer (You et al., 2017) with fused ForEach, TorchScript and single-kernel implementations"
     return _build('Larc', **locals())
 
 larc = _helper(Larc)
 
-# %% ../../nbs/optimizer.fused.ipynb #a904adb8
+# %% ../../nbs/optimizer.fused.ipynb #dd6174c8
 def Lamb(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Default learning rate
@@ -183,12 +183,12 @@ def Lamb(
     jit:bool=False, # Use fused TorchScript implementation
     fused:bool=False, # Use one kernel a step, on CPUs and CUDA GPUs
 ) -> Optimizer|LambForEachOptimizer|JitOptimizer|FusedOptimizer:
-    "A fastai LAMB optimizer with fused ForEach, TorchScript and single-kernel implementations"
+    "A fastai LAMB optimizer (You et al., 2019) with fused ForEach, TorchScript and single-kernel implementations"
     return _build('Lamb', **locals())
 
 lamb = _helper(Lamb)
 
-# %% ../../nbs/optimizer.fused.ipynb #312ec834
+# %% ../../nbs/optimizer.fused.ipynb #355d3985
 def Ranger(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Default learning rate
@@ -203,7 +203,7 @@ def Ranger(
     jit:bool=False, # Use fused TorchScript implementation
     fused:bool=False, # Use one kernel a step, on CPUs and CUDA GPUs
 ) -> Lookahead|RangerForEachOptimizer|JitLookahead|FusedLookahead:
-    "Convenience method for Lookahead with RAdam, with fused ForEach, TorchScript and single-kernel implementations"
+    "Convenience method for Lookahead (Zhang et al., 2019) with RAdam, with fused ForEach, TorchScript and single-kernel implementations"
     return _build('Ranger', **locals())
 
 ranger = _helper(Ranger)
