@@ -34,10 +34,11 @@ def test_second_process_does_not_compile(tmp_path):
 
 def test_serial_driver_is_not_taken_for_the_parallel_one(tmp_path):
     "Numba's cache does not know them apart by their options"
+    threads = dict(OMP_NUM_THREADS='2', NUMBA_NUM_THREADS='2')
     serial = 'import torch, numpy as np; from fastxtend.optimizer import cpu; cpu.driver(False, np.dtype("float32"));'
-    python('', before=serial, NUMBA_CACHE_DIR=str(tmp_path/'a'))
+    python('', before=serial, NUMBA_CACHE_DIR=str(tmp_path/'a'), **threads)
     for name,before in (('a', ''), ('b', serial)):
-        hits = python(REPORT, before=before, NUMBA_CACHE_DIR=str(tmp_path/name))[2]
+        hits = python(REPORT, before=before, NUMBA_CACHE_DIR=str(tmp_path/name), **threads)[2]
         assert hits == ('1' if name == 'a' else '0')
 
 @pytest.mark.parametrize('broken', ['CacheImpl._locator_classes = []', 'IndexDataCacheFile.save = lambda *_: open("/dev/null/x", "w")'])

@@ -12,16 +12,18 @@ import numpy as np, torch
 from fastai import optimizer as fai
 from fastai.optimizer import Optimizer, debias
 from fastai.torch_basics import *
+from itertools import repeat
 from operator import attrgetter, is_
 from torch import Tensor
 
 from . import rules
+from .probe import OK, compiled, probe
 from .rules import SLOTS, rule_args, rule_slots
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'NO_SADAM', 'averaging_scalars', 'adam_scalars', 'lamb_scalars', 'qhadam_scalars', 'rectification',
            'radam_scalars', 'OptimizerSpec', 'spec_of', 'Batch', 'describe', 'check_params', 'check_tensors',
-           'fields_of', 'is_dense', 'find_entangled', 'FastOptimizer', 'distinct', 'repeats', 'copy_like',
+           'fields_of', 'is_sharded', 'find_entangled', 'FastOptimizer', 'look', 'distinct', 'repeats', 'copy_like',
            'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #ae913054
@@ -209,21 +211,16 @@ def _refuse(name, p, t):
     raise RuntimeError(f"The {name} of a parameter of {describe(p)} is of {describe(t)}, and they must agree. If the model was moved or "
                        "converted, call `zero_grad` and run the backward pass again (gradient), or `clear_state` (state)")
 
-# %% ../../nbs/optimizer.core.ipynb #c4a8e4f1
-def is_dense(
-    t:Tensor, # Any strided tensor
+# %% ../../nbs/optimizer.core.ipynb #18496455
+def is_sharded(
+    t:Tensor, # A parameter, or what belongs to it
 ) -> bool:
-    "Do the elements of `t` fill one piece of memory without gaps or overlap?"
-    if t.is_contiguous(): return True
-    expected = 1
-    for stride,size in sorted((s,n) for s,n in zip(t.stride(), t.shape) if n != 1):
-        if stride != expected: return False
-        expected *= size
-    return True
+    "Is `t` a `DTensor`, such as FSDP2 makes of parameters?"
+    return hasattr(t, 'full_tensor')
 
-# %% ../../nbs/optimizer.core.ipynb #69085295
 def _extent(t):
     "First byte of `t` and the byte after its last"
+    if is_sharded(t): return id(t), id(t)+1
     start, last = t.data_ptr(), sum((n-1)*s for n,s in zip(t.shape, t.stride()))
     return (start, start + (last+1)*t.element_size()) if t.numel() else (start, start)
 
@@ -238,7 +235,7 @@ def find_entangled(
         if end > reach: reach, owner = end, i
     return sorted(found)
 
-# %% ../../nbs/optimizer.core.ipynb #dd73b8ac
+# %% ../../nbs/optimizer.core.ipynb #87bcbccb
 class FastOptimizer(Optimizer):
     "A fastai `Optimizer` that gathers all groups once a step and runs them together"
 
@@ -282,10 +279,25 @@ class FastOptimizer(Optimizer):
         batch:Batch, # Everything that steps now
     ):
         "Check all of `batch`, then step it"
+        parts = self.known_parts(batch) or self.checked_parts(batch)
+        self.count_step(batch)
+        for idxs in parts: self.run(batch.take(idxs))
+
+    def known_parts(self,
+        batch:Batch, # What the step is about to change
+    ) -> list|None: # What `checked_parts` returned last time
+        "Nothing has to be checked again if a look at all tensors finds what it found then; only gradients may be elsewhere"
+        seen, parts = self._memo.get('parts', (None, None))
+        return parts if seen is not None and np.array_equal(seen, look(batch)) else None
+
+    def checked_parts(self,
+        batch:Batch, # What the step is about to change
+    ) -> list: # Lists of positions
+        "Check `batch`, and tell which of its parameters step together"
         fields = self.check(batch)
         self.init_slots(batch)
-        self.count_step(batch)
-        for part in self.parts(batch, [f[1:3] for f in fields]): self.run(part)
+        self._memo['parts'] = look(batch), self.parts(batch, [(*f[1:3], is_sharded(p)) for f,p in zip(fields, batch.params)])
+        return self._memo['parts'][1]
 
     def check(self,
         batch:Batch, # What the step is about to change
@@ -304,7 +316,14 @@ class FastOptimizer(Optimizer):
         "Step `batch`: each backend has its own"
         raise NotImplementedError
 
-# %% ../../nbs/optimizer.core.ipynb #20a578f3
+# %% ../../nbs/optimizer.core.ipynb #c6bbd386
+def look(
+    batch:Batch, # With all slots
+) -> np.ndarray|None:
+    "Size, dtype, device and address of each parameter, or `None` if that takes long or something is unusual"
+    res = probe(*batch.tensors()) if compiled() else None
+    return None if res is None or (res.reasons != OK).any() else res.table[:, 1:5]
+
 def _same(a, b): return a is b or (len(a) == len(b) and all(map(is_, a, b)))
 
 def distinct(
@@ -325,7 +344,7 @@ def repeats(
         seen[x] += 1
     return res
 
-# %% ../../nbs/optimizer.core.ipynb #0c7fca87
+# %% ../../nbs/optimizer.core.ipynb #02aca3be
 NO_SADAM = ("ForEach has no SAdam, and Ranger has it only with `jit=True` or without a flag: "
             "use `RAdam(beta=...)` with `fused=True`, with `jit=True` or with neither")
 
@@ -361,7 +380,7 @@ def gather(self:FastOptimizer) -> Batch:
     "Everything that steps now: what has a gradient, except what `freeze_to` froze"
     params, groups = self.members()
     grads = [p.grad for p in params]
-    if any(g is None for g in grads):
+    if any(map(is_, grads, repeat(None))):
         there = [i for i,g in enumerate(grads) if g is not None]
         params, groups, grads = ([xs[i] for i in there] for xs in (params, groups, grads))
     states = self.states_of(params)
@@ -375,7 +394,7 @@ def gather(self:FastOptimizer) -> Batch:
     rows = [self.row(group, wd, first + lead + 1) for group,wd,lead in keys]
     return Batch(params, grads, states, row_ids, rows, {n: [s.get(n) for s in states] for n in self.slot_names})
 
-# %% ../../nbs/optimizer.core.ipynb #980461e8
+# %% ../../nbs/optimizer.core.ipynb #5a8489d6
 @patch
 def init_slots(self:FastOptimizer,
     batch:Batch, # Parameters about to step
@@ -400,13 +419,13 @@ def _slot(state, name, p):
 def parts(self:FastOptimizer,
     batch:Batch, # Parameters about to step
     kinds:list, # What tells apart the parameters that cannot share a call, such as `(dtype, device)`
-) -> list[Batch]:
-    "`batch` as parts of one kind, in which no two parameters share memory"
+) -> list: # Lists of positions
+    "Parts of `batch` that are of one kind, in which no two parameters share memory"
     alone = self.entangled(batch.params)
     together = [i for i in range(len(batch)) if i not in alone] if alone else range(len(batch))
     if kinds.count(kinds[0]) == len(kinds): by_kind = [together] if len(together) else []
     else: by_kind = groupby(together, kinds.__getitem__).values()
-    return [batch.take(idxs) for idxs in by_kind] + [batch.take([i]) for i in alone]
+    return [*by_kind, *([i] for i in alone)]
 
 @patch
 def entangled(self:FastOptimizer,
@@ -417,7 +436,7 @@ def entangled(self:FastOptimizer,
     if known is None or known[0] != addresses: known = self._memo['entangled'] = addresses, find_entangled(params)
     return known[1]
 
-# %% ../../nbs/optimizer.core.ipynb #2497534c
+# %% ../../nbs/optimizer.core.ipynb #6aa5b2e0
 @patch
 def state_dict(self:FastOptimizer) -> dict:
     "State of each parameter and hyperparameters of each group, in plain containers"
@@ -469,9 +488,16 @@ def copy_like(
     if not torch.is_tensor(value) or value.shape != p.shape:
         raise ValueError(f"The saved '{name}' of a parameter of {describe(p)} is {describe(value) if torch.is_tensor(value) else repr(value)}: "
                          "is it the state of another model?")
-    return torch.zeros_like(p, requires_grad=False).copy_(value.detach())
+    value = value.detach()
+    if is_sharded(p) and not is_sharded(value): value = _sharded_like(p, value)
+    return torch.zeros_like(p, requires_grad=False).copy_(value)
 
-# %% ../../nbs/optimizer.core.ipynb #7a245d7d
+def _sharded_like(p, value):
+    "The whole tensor `value`, split between processes as `p` is"
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+
+# %% ../../nbs/optimizer.core.ipynb #8dfc70d6
 class LookaheadMixin:
     "The slow weights of Lookahead (Zhang et al., 2019) for a `FastOptimizer`"
     def __init__(self, *args,

@@ -20,10 +20,10 @@ from .probe import DEVICE, DTYPE, OK, SHAPE, STRIDES, UNREADABLE
 from .rules import SLOTS, compile_rule, rule_args, rule_row, rule_slots
 
 # %% auto #0
-__all__ = ['i64_ptr', 'f64_ptr', 'FORMATS', 'CHUNK', 'SERIAL', 'call_chunk', 'half_to_float', 'float_to_half', 'bits_to_float',
-           'float_to_bits', 'bfloat_to_float', 'float_to_bfloat', 'same', 'Format', 'chunk_source', 'with_cache',
-           'compiled', 'driver', 'drive', 'Tables', 'call_describe', 'call_clear', 'compiled_probe', 'step_kernels',
-           'row_names']
+__all__ = ['i64_ptr', 'f64_ptr', 'FORMATS', 'CHUNK', 'SERIAL', 'call_describe', 'call_item', 'call_type', 'call_forget',
+           'call_clear', 'call_chunk', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits',
+           'bfloat_to_float', 'float_to_bfloat', 'same', 'Format', 'chunk_source', 'with_cache', 'compiled', 'driver',
+           'drive', 'Tables', 'compiled_probe', 'step_kernels', 'row_names']
 
 # %% ../../nbs/optimizer.cpu.ipynb #b7901467
 def _pointer_to(typ):
@@ -245,29 +245,30 @@ class Tables:
         self.chunks = np.stack([idxs[nth], start, np.minimum(sizes[nth] - start, CHUNK)], 1).astype(np.int64)
         self.total = int(sizes.sum())
 
-# %% ../../nbs/optimizer.cpu.ipynb #a2bc8d40
-@intrinsic
-def call_describe(typingctx, fn, obj, info):
-    "Call PyTorch's C function that describes the Python object `obj`"
+# %% ../../nbs/optimizer.cpu.ipynb #d1e36adf
+def _c_function(res, n_args):
+    "An intrinsic that calls the C function at an address with `n_args` words"
+    sig = res(*[_i64]*(1+n_args))
     def codegen(context, builder, sig, args):
-        ftype = ir.FunctionType(ir.IntType(32), [ir.IntType(64)]*2)
-        return builder.call(builder.inttoptr(args[0], ftype.as_pointer()), args[1:])
-    return types.int32(*[_i64]*3), codegen
+        ftype = ir.FunctionType(ir.VoidType() if res == types.void else context.get_value_type(res), [ir.IntType(64)]*n_args)
+        returned = builder.call(builder.inttoptr(args[0], ftype.as_pointer()), args[1:])
+        return context.get_dummy_value() if res == types.void else returned
+    def none(typingctx, fn): return sig, codegen
+    def one(typingctx, fn, a): return sig, codegen
+    def two(typingctx, fn, a, b): return sig, codegen
+    return intrinsic((none, one, two)[n_args])
 
-@intrinsic
-def call_clear(typingctx, fn):
-    "Call Python's C function that clears the current exception"
-    def codegen(context, builder, sig, args):
-        ftype = ir.FunctionType(ir.VoidType(), [])
-        builder.call(builder.inttoptr(args[0], ftype.as_pointer()), [])
-        return context.get_dummy_value()
-    return types.void(_i64), codegen
+call_describe = _c_function(types.int32, 2) # PyTorch's: a tensor, and where to write the description
+call_item = _c_function(_i64, 2)            # PyList_GetItem
+call_type = _c_function(_i64, 1)            # PyObject_Type
+call_forget = _c_function(types.void, 1)    # Py_DecRef
+call_clear = _c_function(types.void, 0)     # PyErr_Clear
 
-# %% ../../nbs/optimizer.cpu.ipynb #796dfe06
-def _probe(describe, clear, objs, table):
+# %% ../../nbs/optimizer.cpu.ipynb #ac91b7ac
+def _probe(functions, plain, lists, table):
     first, other = np.empty(6, np.int64), np.empty(6, np.int64)
-    for t in range(objs.shape[1]):
-        table[t, 0] = _probe_one(describe, clear, objs[:, t], table[t, 4:], first, other)
+    for t in range(len(table)):
+        table[t, 0] = _probe_one(functions, plain, lists, t, table[t, 4:], first, other)
         if table[t, 0] == OK:
             size = 1
             for s in carray(i64_ptr(first[3]), first[2] & 0xffffffff): size *= s
@@ -291,11 +292,14 @@ def _is_dense(shape, strides):
     return True
 
 @njit(error_model='numpy')
-def _probe_one(describe, clear, objs, addresses, first, other):
-    "Describe the tensors of one parameter; the reason why a kernel cannot take them, if there is one"
-    for k in range(len(objs)):
-        info = first if k == 0 else other
-        if call_describe(describe, objs[k], info.ctypes.data) != 0:
+def _probe_one(functions, plain, lists, t, addresses, first, other):
+    "Describe the tensors at position `t` of all `lists`; the reason why a kernel cannot take them, if there is one"
+    describe, item, type_of, forget, clear = functions
+    for k in range(len(lists)):
+        info, obj = first if k == 0 else other, call_item(item, lists[k], t)
+        typ = call_type(type_of, obj) if obj else 0
+        if obj: call_forget(forget, typ)
+        if not ((typ == plain[0] or typ == plain[1]) and call_describe(describe, obj, info.ctypes.data) == 0):
             call_clear(clear)
             return UNREADABLE
         addresses[k] = info[0] + info[5]
@@ -315,9 +319,9 @@ def _probe_one(describe, clear, objs, addresses, first, other):
                 if strides[d] != strides_0[d] and shape[d] > 1: return STRIDES
     return OK
 
-# %% ../../nbs/optimizer.cpu.ipynb #88f9c218
-def _exchange_api():
-    "Addresses of PyTorch's function that describes a tensor and Python's that clears an error, or `None` if there is no such function"
+# %% ../../nbs/optimizer.cpu.ipynb #13c674b2
+def _describer():
+    "Address of PyTorch's function that describes a tensor, or `None` if there is no such function"
     capsule = getattr(Tensor, '__dlpack_c_exchange_api__', None)
     if capsule is None: return None
     get = ctypes.pythonapi.PyCapsule_GetPointer
@@ -325,15 +329,22 @@ def _exchange_api():
     table = get(capsule, b'dlpack_exchange_api')
     major = ctypes.c_uint32.from_address(table).value
     # version (2 x uint32), previous table, then five functions, of which the fourth describes
-    describe = ctypes.c_void_p.from_address(table + 8 + 8 + 3*8).value
-    return (describe, ctypes.cast(ctypes.pythonapi.PyErr_Clear, ctypes.c_void_p).value) if major == 1 and describe else None
+    return ctypes.c_void_p.from_address(table + 8 + 8 + 3*8).value if major == 1 else None
+
+def _address(function): return ctypes.cast(function, ctypes.c_void_p).value
 
 def compiled_probe() -> callable:
-    "`_probe` bound to PyTorch's C function, or `None` if there is no such function"
-    api, table = _exchange_api(), types.Array(_i64, 2, 'C')
-    if api is None: return None
-    sig = types.void(_i64, _i64, table, table)
-    return partial(with_cache(lambda cache: njit(sig, cache=cache, error_model='numpy')(_probe)), *api)
+    "A function of lists of plain tensors and of the table to fill, or `None` if PyTorch has no function that describes a tensor"
+    describe, py = _describer(), ctypes.pythonapi
+    if not describe: return None
+    functions = (describe, *map(_address, (py.PyList_GetItem, py.PyObject_Type, py.Py_DecRef, py.PyErr_Clear)))
+    plain, ids, table = (id(Tensor), id(nn.Parameter)), types.Array(_i64, 1, 'C'), types.Array(_i64, 2, 'C')
+    sig = types.void(types.UniTuple(_i64, 5), types.UniTuple(_i64, 2), ids, table)
+    compiled = with_cache(lambda cache: njit(sig, cache=cache, error_model='numpy')(_probe))
+    def run(tensors, table):
+        lists = list(map(list, tensors))
+        compiled(functions, plain, np.array(list(map(id, lists))), table)
+    return run
 
 # %% ../../nbs/optimizer.cpu.ipynb #fae17c88
 def _where(flag, a, b): return np.where(np.asarray(flag) != 0, a, b)

@@ -11,16 +11,17 @@ import torch
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .core import NO_SADAM, OPTIMIZERS, Batch, FastOptimizer, LookaheadMixin, is_dense, spec_of
+from .core import NO_SADAM, OPTIMIZERS, Batch, FastOptimizer, LookaheadMixin, is_sharded, spec_of
+from .probe import is_dense
 from .rules import SLOTS, compile_rule, rule_args
 
 # %% auto #0
 __all__ = ['TensorList', 'Scalars', 'tensor_env', 'BLOCK', 'sgd_foreach_step', 'rmsprop_foreach_step', 'adam_foreach_step',
            'radam_foreach_step', 'ranger_foreach_step', 'qhadam_foreach_step', 'larc_foreach_norms',
-           'larc_foreach_step', 'lamb_foreach_norms', 'lamb_foreach_step', 'is_sharded', 'whole', 'blocks',
-           'ListOptimizer', 'ForEachOptimizer', 'SGDForEachOptimizer', 'RMSPropForEachOptimizer',
-           'AdamForEachOptimizer', 'RAdamForEachOptimizer', 'QHAdamForEachOptimizer', 'LarcForEachOptimizer',
-           'LambForEachOptimizer', 'RangerForEachOptimizer']
+           'larc_foreach_step', 'lamb_foreach_norms', 'lamb_foreach_step', 'whole', 'blocks', 'ListOptimizer',
+           'ForEachOptimizer', 'SGDForEachOptimizer', 'RMSPropForEachOptimizer', 'AdamForEachOptimizer',
+           'RAdamForEachOptimizer', 'QHAdamForEachOptimizer', 'LarcForEachOptimizer', 'LambForEachOptimizer',
+           'RangerForEachOptimizer']
 
 # %% ../../nbs/optimizer.foreach.ipynb #cc472682
 TensorList = list[Tensor]
@@ -198,14 +199,8 @@ def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:T
     step_size = [_nth(scale, i)*_nth(ratio, i) for i in range(len(p))]
     torch._foreach_addcdiv_(p, grad_avg, _root(sqr_avg, eps), _neg(step_size))
 
-# %% ../../nbs/optimizer.foreach.ipynb #ff4eaec4
+# %% ../../nbs/optimizer.foreach.ipynb #4064acfe
 BLOCK = 2**20
-
-def is_sharded(
-    t:Tensor, # A parameter, or what belongs to it
-) -> bool:
-    "Is `t` a `DTensor`, such as FSDP2 makes of parameters?"
-    return hasattr(t, 'full_tensor')
 
 def whole(
     t:Tensor, # Any tensor

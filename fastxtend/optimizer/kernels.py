@@ -13,14 +13,14 @@ import numpy as np, torch
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .core import Batch, FastOptimizer, LookaheadMixin, describe, find_entangled
+from .core import Batch, FastOptimizer, LookaheadMixin, describe, find_entangled, is_sharded
 from .foreach import ListOptimizer, tensor_env
-from .probe import DTYPES, OK, REASONS, Probe, ids_of, in_conflict, probe
+from .probe import DTYPES, OK, REASONS, UNREADABLE, Probe, in_conflict, probe
 from .rules import compile_rule, rule_row, rule_slots
 
 # %% auto #0
-__all__ = ['ENGINES', 'NAMES', 'NO_GRAPH', 'step_widened', 'step_rule', 'Ran', 'engine', 'warn_once', 'Kernel', 'Plan',
-           'FusedOptimizer', 'sharing_memory', 'FusedLookahead']
+__all__ = ['ENGINES', 'NAMES', 'NO_GRAPH', 'SHARDED', 'step_widened', 'step_rule', 'shards', 'local', 'Ran', 'engine',
+           'warn_once', 'Kernel', 'Plan', 'FusedOptimizer', 'sharing_memory', 'FusedLookahead']
 
 # %% ../../nbs/optimizer.kernels.ipynb #26adc5a7
 def step_widened(
@@ -42,6 +42,21 @@ def step_rule(
     for i,(p,g) in enumerate(zip(batch.params, batch.grads)):
         ts, row = [p, *(batch.slots[s][i] for s in slots)], batch.rows[batch.row_ids[i]]
         for t,new in zip(ts, rule(p, g, *ts[1:], *(row[n] for n in names))): t.copy_(new)
+
+def shards(
+    tensors:tuple, # A parameter, its gradient and its slots
+) -> tuple:
+    "The part of each that this process has, if all are `DTensor`s split in the same way; else the tensors as they are"
+    p = tensors[0]
+    if not all(is_sharded(t) and t.device_mesh == p.device_mesh and t.placements == p.placements for t in tensors): return tensors
+    return tensors if any(o.is_partial() for o in p.placements) else tuple(t.to_local() for t in tensors)
+
+def local(
+    batch:Batch, # Parameters for a rule without norms
+) -> Batch:
+    "`batch` with `shards` in place of `DTensor`s"
+    params, grads, *slots = map(list, zip(*map(shards, zip(*batch.tensors()))))
+    return Batch(params, grads, batch.states, batch.row_ids, batch.rows, dict(zip(batch.slots, slots)))
 
 # %% ../../nbs/optimizer.kernels.ipynb #05e4019d
 @dataclass
@@ -80,6 +95,8 @@ def _check_numba(params):
 NO_GRAPH = ("Only a step that is all kernels can be captured in a CUDA graph: all parameters on CUDA, with gradients, contiguous in the same "
             "way as their gradients, no Lookahead, and after at least one step that was not captured")
 
+SHARDED = 'sharded, and norms of the whole parameter are needed, or gradient or state are sharded in another way'
+
 def _capturing(): return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 @dataclass(frozen=True)
@@ -106,6 +123,7 @@ class Plan:
         for k in self.kernels:
             if i in k.idxs: return NAMES[ENGINES[k.device & 0xffffffff]], ''
         if i in self.tangled: return 'foreach', 'shares memory with another parameter or its state'
+        if self.table[i, 0] == UNREADABLE and is_sharded(self.params[i]): return 'foreach', SHARDED
         return 'foreach', REASONS[self.table[i, 0]] or f'no kernel for {self.params[i].device.type}'
 
 # %% ../../nbs/optimizer.kernels.ipynb #de4e184f
@@ -133,31 +151,23 @@ class FusedOptimizer(ListOptimizer):
         return self.spec.pick(self.has_mom, beta=any(h.get('beta') for h in self.hypers), sync='slow_weights' in batch.slots)
 
     def step_batch(self, batch):
-        res = self.probe(batch)
+        params, res = batch.params, probe(*batch.tensors())
         if res.reasons.any():
             if _capturing(): raise RuntimeError(NO_GRAPH)
             self.check(batch)
             self.init_slots(batch)
-            res = self.probe(batch)
-        plan, capturing = self.plan(batch, res), _capturing()
+            if self.spec.norms is None and any(map(is_sharded, params)): batch = local(batch)
+            res = probe(*batch.tensors())
+        plan, capturing = self.plan(batch, res, params), _capturing()
         if capturing or not self._launch: self.check_graph(plan)
         if not capturing: self.count_step(batch)
         for kernel in plan.kernels: self.run_kernel(batch, res, kernel)
         for idxs in plan.rest: self.run_without(batch.take(idxs))
 
-    def probe(self,
-        batch:Batch, # What steps
-    ) -> Probe:
-        "Look at all tensors of `batch`; only those that the optimizer keeps alive anyway are remembered"
-        names = iter(('params', 'grads', *batch.slots))
-        def ids(ts):
-            name = next(names)
-            return ids_of(ts) if name == 'grads' else self.remember(f'ids of {name}', ids_of, ts)
-        return probe(*batch.tensors(), ids_of=ids)
-
     def plan(self,
         batch:Batch, # What steps
         res:Probe, # Its addresses and layouts
+        params:list, # Its parameters, as the optimizer was given them
     ) -> Plan:
         "What runs where; the last plan if nothing has moved"
         last = self._memo.get('plan')
@@ -172,8 +182,8 @@ class FusedOptimizer(ListOptimizer):
         rest = [i for i in range(len(batch)) if not takes[i] and i not in tangled]
         for i in rest:
             if res.reasons[i] == OK: warn_once(batch.params[i].device.type)
-        rest = groupby(rest, lambda i: (batch.params[i].device, batch.params[i].dtype)).values()
-        self._memo['plan'] = Plan(batch.params, res.table, tangled, kernels, [*rest, *([i] for i in tangled)])
+        rest = groupby(rest, lambda i: (batch.params[i].device, batch.params[i].dtype, is_sharded(batch.params[i]))).values()
+        self._memo['plan'] = Plan(params, res.table, tangled, kernels, [*rest, *([i] for i in tangled)])
         return self._memo['plan']
 
     def kernel(self,

@@ -12,11 +12,9 @@ import numpy as np, torch
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .core import is_dense
-
 # %% auto #0
-__all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS', 'DTYPES', 'Probe', 'ids_of', 'probe',
-           'in_conflict']
+__all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS', 'DTYPES', 'Probe', 'is_dense', 'compiled',
+           'probe', 'in_conflict']
 
 # %% ../../nbs/optimizer.probe.ipynb #ac01f523
 OK, UNREADABLE, DEVICE, DTYPE, SHAPE, STRIDES = range(6)
@@ -44,29 +42,32 @@ class Probe:
     @property
     def addresses(self): "Of all tensors of each parameter"; return self.table[:, 4:]
 
-# %% ../../nbs/optimizer.probe.ipynb #772d00a6
+# %% ../../nbs/optimizer.probe.ipynb #63c81ddd
+def is_dense(
+    t:Tensor, # Any strided tensor
+) -> bool:
+    "Do the elements of `t` fill one piece of memory without gaps or overlap?"
+    if t.is_contiguous(): return True
+    expected = 1
+    for stride,size in sorted((s,n) for s,n in zip(t.stride(), t.shape) if n != 1):
+        if stride != expected: return False
+        expected *= size
+    return True
+
 @lru_cache(None)
-def _fast_probe():
-    "The compiled prober, where there are Numba and a PyTorch that describes tensors to C"
+def compiled():
+    "The compiled prober, or `None` where there is no Numba or no PyTorch that describes tensors to C"
     try: from fastxtend.optimizer.cpu import compiled_probe
     except ImportError: return None
     return compiled_probe()
 
-def ids_of(
-    tensors:list, # Tensors of one kind
-) -> np.ndarray|None: # Addresses of the Python objects, or `None` if some are not plain tensors, whose address may not be where their data is
-    "What the compiled prober takes"
-    return np.fromiter(map(id, tensors), np.int64, len(tensors)) if set(map(type, tensors)) <= {Tensor, nn.Parameter} else None
-
 def probe(
     *tensors:list, # Parameters, gradients and slots: lists of tensors
-    ids_of:callable=ids_of, # `ids_of`, or one that remembers
 ) -> Probe:
     "Where all tensors are, and which parameters a kernel can take"
-    res, fast = Probe.empty(len(tensors[0]), len(tensors)), _fast_probe()
-    ids = [ids_of(ts) for ts in tensors] if fast is not None else [None]
-    if any(i is None for i in ids): _probe_slowly(tensors, res)
-    else: fast(np.stack(ids), res.table)
+    res, fast = Probe.empty(len(tensors[0]), len(tensors)), compiled()
+    if fast is None: _probe_slowly(tensors, res)
+    else: fast(tensors, res.table)
     return res
 
 def _device_code(device): return {'cpu': 1, 'cuda': 2}.get(device.type, 0) + ((device.index or 0) << 32)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .core import OPTIMIZERS, LookaheadMixin
-from .foreach import ListOptimizer, is_sharded
+from .core import OPTIMIZERS, LookaheadMixin, is_sharded
+from .foreach import ListOptimizer
 
 # %% auto #0
 __all__ = ['JIT_STEPS', 'NO_SHARDS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'root',
