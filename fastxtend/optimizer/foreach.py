@@ -18,7 +18,7 @@ from .rules import SLOTS, compile_rule, rule_args
 # %% auto #0
 __all__ = ['TensorList', 'Scalars', 'tensor_env', 'BLOCK', 'sgd_foreach_step', 'rmsprop_foreach_step', 'adam_foreach_step',
            'radam_foreach_step', 'ranger_foreach_step', 'qhadam_foreach_step', 'larc_foreach_norms',
-           'larc_foreach_step', 'lamb_foreach_norms', 'lamb_foreach_step', 'whole', 'blocks', 'ListOptimizer',
+           'larc_foreach_step', 'lamb_foreach_norms', 'lamb_foreach_step', 'whole', 'shards', 'blocks', 'ListOptimizer',
            'ForEachOptimizer', 'SGDForEachOptimizer', 'RMSPropForEachOptimizer', 'AdamForEachOptimizer',
            'RAdamForEachOptimizer', 'QHAdamForEachOptimizer', 'LarcForEachOptimizer', 'LambForEachOptimizer',
            'RangerForEachOptimizer']
@@ -208,6 +208,19 @@ def whole(
     "`t`, reduced across all processes if it is a `DTensor`"
     return t.full_tensor() if is_sharded(t) else t
 
+def _split_alike(tensors):
+    "Are these no `DTensor`s, or is the shard of each what belongs to the shards of the others?"
+    splits = {(t.device_mesh, t.placements) if is_sharded(t) else (None, ()) for t in tensors}
+    return len(splits) == 1 and not any(o.is_partial() for _,placements in splits for o in placements)
+
+def shards(
+    batch:Batch, # Parameters for a step without norms
+) -> Batch:
+    "`batch` with what this process has of `DTensor`s in their place, or as it is if gradients or slots are not split like their parameter"
+    if not all(map(_split_alike, zip(*batch.tensors()))): return batch
+    params, grads, *slots = ([t.to_local() if is_sharded(t) else t for t in ts] for ts in batch.tensors())
+    return Batch(params, grads, batch.states, batch.row_ids, batch.rows, dict(zip(batch.slots, slots)))
+
 def _pieces(ts, size):
     "Flat pieces of tensors that have the same dense layout, or the tensors if they do not"
     p = ts[0]
@@ -264,6 +277,7 @@ class ListOptimizer(FastOptimizer):
     def takes_beta(self): return 'beta' in rule_args(self.opt_step)
 
     def run(self, batch):
+        if self.spec.norms is None and is_sharded(batch.params[0]): batch = shards(batch)
         takes_ratio = 'ratio' in rule_args(self.opt_step)
         in_step = self.spec.norms is not None and not takes_ratio  # the step takes norms itself
         pieces = [(batch.tensors(), range(len(batch)))] if in_step else list(blocks(batch))

@@ -14,13 +14,13 @@ from fastai.torch_basics import *
 from torch import Tensor
 
 from .core import Batch, FastOptimizer, LookaheadMixin, describe, find_entangled, is_sharded
-from .foreach import ListOptimizer, tensor_env
+from .foreach import ListOptimizer, shards, tensor_env
 from .probe import DTYPES, OK, REASONS, UNREADABLE, Probe, in_conflict, probe
 from .rules import compile_rule, rule_row, rule_slots
 
 # %% auto #0
-__all__ = ['ENGINES', 'NAMES', 'NO_GRAPH', 'SHARDED', 'step_widened', 'step_rule', 'shards', 'local', 'Ran', 'engine',
-           'warn_once', 'Kernel', 'Plan', 'FusedOptimizer', 'sharing_memory', 'FusedLookahead']
+__all__ = ['ENGINES', 'NAMES', 'NO_GRAPH', 'SHARDED', 'step_widened', 'step_rule', 'Ran', 'engine', 'warn_once', 'Kernel', 'Plan',
+           'FusedOptimizer', 'sharing_memory', 'FusedLookahead']
 
 # %% ../../nbs/optimizer.kernels.ipynb #26adc5a7
 def step_widened(
@@ -42,21 +42,6 @@ def step_rule(
     for i,(p,g) in enumerate(zip(batch.params, batch.grads)):
         ts, row = [p, *(batch.slots[s][i] for s in slots)], batch.rows[batch.row_ids[i]]
         for t,new in zip(ts, rule(p, g, *ts[1:], *(row[n] for n in names))): t.copy_(new)
-
-def shards(
-    tensors:tuple, # A parameter, its gradient and its slots
-) -> tuple:
-    "The part of each that this process has, if all are `DTensor`s split in the same way; else the tensors as they are"
-    p = tensors[0]
-    if not all(is_sharded(t) and t.device_mesh == p.device_mesh and t.placements == p.placements for t in tensors): return tensors
-    return tensors if any(o.is_partial() for o in p.placements) else tuple(t.to_local() for t in tensors)
-
-def local(
-    batch:Batch, # Parameters for a rule without norms
-) -> Batch:
-    "`batch` with `shards` in place of `DTensor`s"
-    params, grads, *slots = map(list, zip(*map(shards, zip(*batch.tensors()))))
-    return Batch(params, grads, batch.states, batch.row_ids, batch.rows, dict(zip(batch.slots, slots)))
 
 # %% ../../nbs/optimizer.kernels.ipynb #05e4019d
 @dataclass
@@ -95,7 +80,7 @@ def _check_numba(params):
 NO_GRAPH = ("Only a step that is all kernels can be captured in a CUDA graph: all parameters on CUDA, with gradients, contiguous in the same "
             "way as their gradients, no Lookahead, and after at least one step that was not captured")
 
-SHARDED = 'sharded, and norms of the whole parameter are needed, or gradient or state are sharded in another way'
+SHARDED = 'sharded, and norms of whole parameters are needed, or gradients or state are sharded in another way'
 
 def _capturing(): return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
@@ -156,7 +141,7 @@ class FusedOptimizer(ListOptimizer):
             if _capturing(): raise RuntimeError(NO_GRAPH)
             self.check(batch)
             self.init_slots(batch)
-            if self.spec.norms is None and any(map(is_sharded, params)): batch = local(batch)
+            if self.spec.norms is None and any(map(is_sharded, params)): batch = shards(batch)
             res = probe(*batch.tensors())
         plan, capturing = self.plan(batch, res, params), _capturing()
         if capturing or not self._launch: self.check_graph(plan)
