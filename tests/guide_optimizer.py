@@ -1,0 +1,30 @@
+"""The optimizer of the guide `nbs/guides.own_optimizer.ipynb`, made by running all its code cells in order.
+`pytest -p guide_optimizer` puts it through all tests that the table of optimizers drives."""
+import importlib.util, json, sys, tempfile
+from pathlib import Path
+
+from fastxtend.optimizer import fused
+from fastxtend.optimizer.core import OPTIMIZERS
+
+GUIDE = Path(__file__).parent.parent/'nbs/guides.own_optimizer.ipynb'
+
+def code(notebook):
+    "The code cells of a notebook, as one module"
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    return '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+
+def follow(notebook, name='guide'):
+    "Run a notebook as the module `name`, from a file: TorchScript reads the source of what it compiles"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/f'{name}.py'
+        path.write_text(code(notebook), encoding='utf-8')
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+before = set(OPTIMIZERS)
+guide = follow(GUIDE)
+NAME, = set(OPTIMIZERS) - before
+setattr(fused, NAME, getattr(guide, NAME))
+setattr(fused, NAME.lower(), fused._helper(getattr(guide, NAME)))

@@ -1,0 +1,27 @@
+"Whoever follows the guides gets what they promise"
+import os, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+def run_pytest(*args, **env):
+    "Run tests with the optimizer of the guide in the table; the number of those that passed"
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get('PYTHONPATH', '')]), **env}
+    res = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'guide_optimizer', '-p', 'no:cacheprovider', '-q', '-k', 'AdaBelief', *args],
+                         cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=600)
+    assert res.returncode == 0, res.stdout[-5000:] + res.stderr[-2000:]
+    assert 'failed' not in res.stdout
+    return int(re.search(r'(\d+) passed', res.stdout)[1])
+
+@pytest.mark.slow
+def test_own_optimizer():
+    "The optimizer of the guide goes through the same comparisons with native, on all backends, as those of the library"
+    assert run_pytest(*(str(HERE/f'test_{o}.py') for o in ('parity', 'state', 'calls'))) > 150
+
+@pytest.mark.slow
+def test_own_optimizer_on_cuda():
+    "and its rule through Triton's interpreter"
+    pytest.importorskip('triton')
+    assert run_pytest(str(HERE/'test_triton.py'), TRITON_INTERPRET='1') >= 5
