@@ -63,6 +63,16 @@ def test_lookahead_is_measured_by_k_steps(stubs):
     res, = Contest('m', 'Ranger', ['native'], shapes=[(3,)], clock=clock).run(0)
     assert res.ms == pytest.approx(1000*(k - 1 + 7)/k) and res.ms_p10 == res.ms_p90
 
+def test_a_turn_takes_its_time(stubs):
+    "Fast contestants take more steps a turn, and times are of one step all the same"
+    clock = FakeClock()
+    made = stubs(clock, native=[.5], fused=[.125])
+    native, fused = Contest('m', 'Adam', ['native', 'fused'], shapes=[(3,)], clock=clock, turn=.75).run(0)
+    assert (native.steps, fused.steps) == (2, 6) and (native.ms, fused.ms, fused.speedup) == (500, 125, 4)
+    assert made['fused'].steps == WARM_UP + 5*6 + 1
+    stubs(clock, native=[2**-20])
+    assert Contest('m', 'Adam', ['native'], shapes=[(3,)], clock=clock, turn=0).run(0)[0].steps == 1
+
 def test_without_native_there_is_no_speedup(stubs):
     clock = FakeClock()
     stubs(clock, fused=[.1])
@@ -95,7 +105,7 @@ def test_bytes(name, moved, itemsize): assert bytes_per_parameter(name, itemsize
 def test_state_is_what_the_optimizer_keeps(name):
     contest = Contest('3x7', name, ['foreach'])
     step = contest.build()['foreach']
-    contest.repeat(step)
+    contest.warm_up(step)
     opt = step.__self__
     p = opt.param_lists[0][0]
     kept = [k for k,v in opt.state[p].items() if torch.is_tensor(v) and v.shape == p.shape] + (['slow_weights'] if hasattr(opt, 'slow_weights') else [])

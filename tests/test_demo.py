@@ -2,7 +2,7 @@
 import os, re, subprocess, sys
 from pathlib import Path
 
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from fastai.vision.all import ResBlock, XResNet
 from PIL import Image
 
@@ -21,8 +21,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    "A smaller network, for time"
+    "A smaller network, on one thread, for time"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr(demo, 'xresnet18', lambda c_in, n_out: XResNet(ResBlock, 1, [1, 1, 1, 1], c_in=c_in, n_out=n_out, widen=.25))
+    yield
+    torch.set_num_threads(threads)
 
 def run(folder, tmp_path, **kwargs): demo.main(data=str(folder), out=str(tmp_path), **{**dict(epochs=1, bs=8, size=16), **kwargs})
 

@@ -14,7 +14,7 @@ from fastprogress.fastprogress import progress_bar
 
 from .models import MODELS, look_up, model_name
 from .report import frame, machine, save_plots, step_report
-from .steps import CONTESTANTS, OURS, Benchmark, choose, choose_backends, device_name, optimizer_name, recommend
+from .steps import CONTESTANTS, OURS, TURN, Benchmark, choose, choose_backends, device_name, optimizer_name, recommend
 from .training import TASKS, TrainingBenchmark, plot_epochs, task_name, training_report
 from ..optimizer.core import OPTIMIZERS
 
@@ -92,6 +92,7 @@ def main(
     groups:str='1', # Numbers of parameter groups, with discriminative learning rates if there are several
     device:str='cpu', # cpu or cuda
     dtype:str='float32', # Of parameters, gradients and state
+    turn:float=1000*TURN, # Least milliseconds of a turn; with 0 it is a single step, which finds in the caches what others left there
     seconds:float=3., # Time for measuring each optimizer on each model, at least five rounds
     train:str='', # Measure whole training instead: digits, tabular, or all; with Adam if no optimizers are given
     epochs:int=5, # Epochs of training to measure
@@ -109,7 +110,7 @@ def main(
     if threads: torch.set_num_threads(threads)
     models = choose(models if models != 'all' else [*MODELS], model_name)
     optimizers = choose(optimizers or (['Adam'] if train or recommend else [*OPTIMIZERS]), optimizer_name)
-    kwargs = dict(device=device_name(device), dtype=DTYPES[look_up('dtype', dtype, [*DTYPES])])
+    kwargs = dict(device=device_name(device), dtype=DTYPES[look_up('dtype', dtype, [*DTYPES])], turn=turn/1000)
     groups, facts = _numbers(groups), {**machine(device), 'Command': f'`{command(args)}`'}
     warnings.filterwarnings('ignore')
     if recommend: return _recommend(models, optimizers, seconds, groups=groups[0], **kwargs)

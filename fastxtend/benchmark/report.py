@@ -114,8 +114,8 @@ def published_table(
 
 # %% ../../nbs/benchmark.report.ipynb #29d17e91
 METHOD = ("All contestants of one optimizer on one model take turns in random order in one process, on the same parameters and gradients, each "
-          "with its own state, after seven steps to warm up. Times are medians of a step (of `k` consecutive ones, divided by `k`, with "
-          "Lookahead); the number behind is how many times faster than fastai native. The share of the copy bandwidth compares the fewest "
+          "with its own state, after seven steps to warm up. Times are medians of a step; a turn is one step or as many consecutive ones "
+          "as take 5 ms (unless `--turn` says otherwise) or a round of Lookahead; the number behind is how many times faster than fastai native. The share of the copy bandwidth compares the fewest "
           "bytes the algorithm has to move (Adam in float32: 28 a parameter) with those of an in-place `a.add_(b)` on as much memory in "
           "the same contest. What fits the cache can exceed it.")
 

@@ -20,10 +20,11 @@ from ..optimizer.core import OPTIMIZERS
 from ..optimizer.rules import rule_slots
 
 # %% auto #0
-__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'CONTESTANTS', 'COPY', 'WARM_UP', 'OURS', 'hypers_of', 'optimizer_name',
-           'bytes_per_parameter', 'tensors_per_parameter', 'split_groups', 'group_lrs', 'Lacking', 'Contestant',
-           'contestant_name', 'Stopwatch', 'race', 'Watcher', 'watch_calls', 'Result', 'summarize', 'Contest', 'choose',
-           'device_name', 'choose_backends', 'Benchmark', 'Recommendation', 'recommend']
+__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'CONTESTANTS', 'COPY', 'WARM_UP', 'TURN', 'OURS', 'hypers_of',
+           'optimizer_name', 'bytes_per_parameter', 'tensors_per_parameter', 'split_groups', 'group_lrs', 'Lacking',
+           'Contestant', 'contestant_name', 'Stopwatch', 'time_calls', 'race', 'Watcher', 'watch_calls', 'Result',
+           'summarize', 'Contest', 'choose', 'device_name', 'choose_backends', 'Benchmark', 'Recommendation',
+           'recommend']
 
 # %% ../../nbs/benchmark.steps.ipynb #047eca0f
 SETTINGS = dict(SGD=dict(mom=.9))
@@ -175,19 +176,30 @@ class Stopwatch:
         end.synchronize()
         return start.elapsed_time(end)/1000
 
+def time_calls(
+    watch:Stopwatch, # Takes the time
+    f:callable, # To be called
+    n:int, # How often
+) -> float: # Seconds
+    "Time of one of `n` consecutive calls"
+    def calls():
+        for _ in range(n): f()
+    return watch(calls)/n
+
 def race(
     functions:dict, # Name to function
     seconds:float, # When to stop
     watch:Stopwatch, # Takes the times
-    times:dict, # Name to a list, to which times are added: what is there stays there when the race is interrupted
+    times:dict, # Name to a list, to which seconds of a call are added: what is there stays there when the race is interrupted
+    calls:dict=None, # Name to the number of calls in a turn, if more than one
     rounds:tuple=(5, 2000), # At least and at most that many
 ):
     "Let all `functions` take turns, in random order"
-    order, rng, start = list(functions), random.Random(0), watch.clock()
+    order, rng, start, calls = list(functions), random.Random(0), watch.clock(), calls or {}
     for i in range(rounds[1]):
         if i >= rounds[0] and watch.clock() - start >= seconds: break
         rng.shuffle(order)
-        for name in order: times[name].append(watch(functions[name]))
+        for name in order: times[name].append(time_calls(watch, functions[name], calls.get(name, 1)))
 
 # %% ../../nbs/benchmark.steps.ipynb #a3d3d034
 class Watcher(TorchDispatchMode):
@@ -243,6 +255,7 @@ class Result:
     tensors:int # Number of parameters
     elements:int # Number of their elements
     rounds:int=0 # How often it was measured
+    steps:int=1 # Consecutive steps each time
     ms:float=math.nan # Median milliseconds of a step
     ms_p10:float=math.nan # 10th percentile
     ms_p90:float=math.nan # 90th percentile
@@ -257,15 +270,14 @@ COPY = 'a.add_(b)'
 
 def summarize(
     result:Result, # What is known of the contestant; completed here
-    times:list, # Its seconds
+    times:list, # Its seconds a step
     native:list, # Those of native
     copy:list, # Those of `a.add_(b)`
     copy_bytes:float, # What `a.add_(b)` reads and writes
-    steps:int=1, # Steps in each time
 ) -> Result:
     "Fill in the figures that follow from the times"
     itemsize = getattr(torch, result.dtype).itemsize
-    p10, median, p90 = np.percentile(np.array(times)*1e3/steps, [10, 50, 90])
+    p10, median, p90 = np.percentile(np.array(times)*1e3, [10, 50, 90])
     result.rounds, result.ms, result.ms_p10, result.ms_p90 = len(times), *map(float, (median, p10, p90))
     if native: result.speedup = float(np.median(native)/np.median(times))
     result.gb_s = bytes_per_parameter(result.optimizer, itemsize)*result.elements/result.ms/1e6
@@ -273,8 +285,9 @@ def summarize(
     result.share = result.gb_s/result.copy_gb_s
     return result
 
-# %% ../../nbs/benchmark.steps.ipynb #69ebb49c
+# %% ../../nbs/benchmark.steps.ipynb #a20b2170
 WARM_UP = 7 # Steps
+TURN = .005 # Seconds
 
 class Contest:
     "One optimizer on the shapes of one model, by several contestants"
@@ -287,17 +300,20 @@ class Contest:
         dtype:torch.dtype=torch.float32, # Of parameters, gradients and state
         shapes:list=None, # Shapes of the parameters, if not those of `model`
         clock:callable=time.perf_counter, # Returns seconds
+        turn:float=TURN, # Least seconds of a turn
     ):
         self.model, self.optimizer, self.groups = model, optimizer_name(optimizer), groups
         self.backends = [contestant_name(b) for b in backends]
         self.device, self.dtype = torch.device(device), dtype
         self.shapes = model_shapes(model) if shapes is None else shapes_of(shapes)
-        self.watch, self.times, self.skipped, self.calls = Stopwatch(self.device, clock), {}, {}, {}
-        self.hypers = hypers_of(self.optimizer)
-        self.steps = self.hypers.get('k', 1)
+        self.watch, self.times, self.skipped, self.calls, self.steps = Stopwatch(self.device, clock), {}, {}, {}, {}
+        self.hypers, self.turn = hypers_of(self.optimizer), turn
 
     @property
     def elements(self): return sum(map(math.prod, self.shapes))
+
+    @property
+    def round(self): "Steps after which Lookahead begins anew"; return self.hypers.get('k', 1)
 
     def __repr__(self): return f'{self.optimizer} on {self.model}' + (f', {self.groups} groups' if self.groups > 1 else '')
 
@@ -306,12 +322,11 @@ class Contest:
     ) -> list[Result]:
         "Measure all contestants; if interrupted, `results` tells what there is"
         steppers = self.build()
-        racers = {n: partial(self.repeat, step) for n,step in steppers.items()}
-        for f in racers.values(): self.warm_up(f)
-        racers[COPY] = self.copy()
+        self.steps = {n: self.warm_up(step) for n,step in steppers.items()}
+        racers = {**steppers, COPY: self.copy()}
         racers[COPY]()
         self.times = {n: [] for n in racers}
-        race(racers, seconds, self.watch, self.times)
+        race(racers, seconds, self.watch, self.times, self.steps)
         self.calls = {n: watch_calls(step, self.device) for n,step in steppers.items()}
         return self.results()
 
@@ -327,17 +342,12 @@ class Contest:
             except (ImportError, Lacking, NotImplementedError) as e: self.skipped[name] = str(e)
         return steppers
 
-    def repeat(self,
-        step:callable, # Takes one step
-    ):
-        "Take as many steps as one time is made of"
-        for _ in range(self.steps): step()
-
     def warm_up(self,
-        f:callable, # Takes `steps` steps
-    ):
-        "Step until nothing is new"
-        for _ in range(-(-WARM_UP//self.steps)): f()
+        step:callable, # Takes one step
+    ) -> int: # How many steps take `turn` seconds
+        "Step until nothing is new, in whole rounds of Lookahead"
+        for _ in range(math.ceil(WARM_UP/self.round)): seconds = time_calls(self.watch, step, self.round)
+        return self.round*max(1, math.ceil(self.turn/seconds/self.round)) if seconds else self.round
 
     def copy(self) -> callable:
         "`a.add_(b)` on as much memory as the optimizer needs"
@@ -352,8 +362,9 @@ class Contest:
         copy_bytes = 3*self.copy_elements*self.dtype.itemsize
         native, copy = self.times.get('native', []), self.times.get(COPY, [])
         res = [summarize(Result(self.model, self.optimizer, n, self.groups, str(self.device), str(self.dtype)[6:], len(self.shapes), self.elements),
-                         ts, native, copy, copy_bytes, self.steps) for n,ts in self.times.items() if ts and n != COPY]
+                         ts, native, copy, copy_bytes) for n,ts in self.times.items() if ts and n != COPY]
         for r in res:
+            r.steps = self.steps[r.backend]
             if r.backend in self.calls: r.calls, r.extra_mb = self.calls[r.backend][0], self.calls[r.backend][1]/1e6
         return res
 
@@ -462,10 +473,11 @@ def recommend(
     groups:int=1, # Number of parameter groups
     device:str=None, # Where to run; that of the model if not given
     dtype:torch.dtype=None, # Of the parameters; that of the model if not given
+    turn:float=TURN, # Least seconds of a turn
 ) -> Recommendation: # Prints as a table; `opt_func` is what to give to `Learner`
     "Which backend is the fastest for this model on this machine? Measured on tensors of the same shapes: the model is not touched"
     like = first(model.parameters()) if isinstance(model, nn.Module) else torch.zeros(0)
     title = model_name(model) if isinstance(model, str) else type(model).__name__ if isinstance(model, nn.Module) else f'{len(model)} tensors'
-    contest = Contest(title, optimizer, OURS, groups, device or like.device, dtype or like.dtype, None if isinstance(model, str) else model)
+    contest = Contest(title, optimizer, OURS, groups, device or like.device, dtype or like.dtype, None if isinstance(model, str) else model, turn=turn)
     results = contest.run(seconds)
     return Recommendation(contest.optimizer, sorted(results, key=attrgetter('ms')), contest.skipped)
