@@ -18,8 +18,9 @@ TOLERANCE = {torch.float32: 40, torch.float64: 40, torch.bfloat16: 4, torch.floa
 # product `wd*p` is exact, so that the sum is rounded once everywhere, fused multiply-add or not
 WD = .125
 
-# Of a layer's learning rate. Native's float32 norms are sums in float32: 1e-5 off for 20,000 equal elements, where the kernel's are not
-LR_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+# Of a layer's learning rate. PyTorch's float32 norms are sums in float32: 2e-5 off for 21,000 equal elements, and 1.6e-4 if they are
+# expanded from one, which ForEach steps. The kernel's are not
+LR_TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 class Guarded:
     "Tensors in memory of their own, with guards around and in the gaps"
