@@ -4,6 +4,7 @@ VENV ?= .venv
 EXTRAS ?= dev,fused,bench
 CONSTRAINTS ?= constraints.txt
 DATA ?=
+JOBS ?= 2
 
 bin := $(VENV)/bin
 ready := $(VENV)/.ready
@@ -37,7 +38,7 @@ nbtest: setup ## Run the notebooks
 	$(bin)/nbdev-test --n-workers 1 --do-print
 
 pytest: setup ## Run the tests; ARGS="-k adam" chooses
-	$(bin)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) $(ARGS)
 
 readme: setup ## README.md from nbs/index.ipynb
 	$(bin)/python .ci/readme.py
