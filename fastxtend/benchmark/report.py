@@ -15,7 +15,7 @@ from ..callback.profiler import markdown_table, number
 
 # %% auto #0
 __all__ = ['PACKAGES', 'PUBLISHED_ON', 'PUBLISHED', 'METHOD', 'COLORS', 'cpu_name', 'versions', 'machine', 'frame', 'pivot',
-           'time_cell', 'published_table', 'step_report', 'plot_speedups', 'plot_roofline', 'plot_scaling',
+           'time_cell', 'published_table', 'preface', 'step_report', 'plot_speedups', 'plot_roofline', 'plot_scaling',
            'save_plots']
 
 # %% ../../nbs/benchmark.report.ipynb #767693c6
@@ -114,10 +114,18 @@ def published_table(
 
 # %% ../../nbs/benchmark.report.ipynb #29d17e91
 METHOD = ("All contestants of one optimizer on one model take turns in random order in one process, on the same parameters and gradients, each "
-          "with its own state, after seven steps to warm up. Times are medians of a step; a turn is one step or as many consecutive ones "
-          "as take 5 ms (unless `--turn` says otherwise) or a round of Lookahead; the number behind is how many times faster than fastai native. The share of the copy bandwidth compares the fewest "
-          "bytes the algorithm has to move (Adam in float32: 28 a parameter) with those of an in-place `a.add_(b)` on as much memory in "
-          "the same contest. What fits the cache can exceed it.")
+          "with its own state, after seven steps to warm up. A turn is one step, or as many consecutive ones as take 5 ms (unless `--turn` "
+          "says otherwise) or make a round of Lookahead. Times are medians of a step; the number behind is how many times faster than "
+          "fastai native. The share of the copy bandwidth compares the fewest bytes the algorithm has to move (Adam in float32: 28 a "
+          "parameter) with those of an in-place `a.add_(b)` on as much memory in the same contest. What fits the cache can exceed it.")
+
+def preface(
+    title:str, # Of the report
+    facts:dict, # From `machine`, and what else is to be said
+    method:str, # How it was measured
+) -> list[str]: # Lines
+    "How a report begins"
+    return [f'# {title}\n', *(f'- **{k}**: {v}' for k,v in facts.items()), '', method, '']
 
 def step_report(
     df:pd.DataFrame, # Results
@@ -125,7 +133,7 @@ def step_report(
     skipped:dict=None, # What was left out, and why
 ) -> str:
     "Markdown report of a benchmark of the bare step"
-    parts = ['# What an optimizer step costs\n', '\n'.join(f'- **{k}**: {v}' for k,v in facts.items()), '', METHOD, '', '## Time of a step\n']
+    parts = [*preface('What an optimizer step costs', facts, METHOD), '## Time of a step\n']
     models = [(*key, part) for key,part in df.groupby(['model', 'groups'], sort=False)]
     for model,groups,part in models: parts += [_heading(model, groups, part), pivot(part, ['optimizer'], time_cell), '']
     for n in PUBLISHED:

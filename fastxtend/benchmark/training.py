@@ -13,6 +13,7 @@ from fastai.basics import *
 from fastai.callback.progress import *
 
 from .models import EMB_SZS, look_up
+from .report import preface
 from .steps import OURS, hypers_of, optimizer_name
 from ..callback.profiler import markdown_table, number
 from ..optimizer import fused
@@ -166,7 +167,7 @@ def training_report(
     skipped:dict=None, # What was left out, and why
 ) -> str:
     "Markdown report of a benchmark of whole training"
-    parts = ['# What an optimizer step is worth in training\n', '\n'.join(f'- **{k}**: {v}' for k,v in facts.items()), '', TRAINING_METHOD, '']
+    parts = preface('What an optimizer step is worth in training', facts, TRAINING_METHOD)
     header = ['optimizer', 'backend', 'epoch', '10th to 90th percentile', 'step', 'share of steps', 'samples/s', 'valid loss']
     def faster(x): return f' **{x:.2f}x**' if math.isfinite(x) else ''
     for task,part in df.groupby('task', sort=False):
