@@ -84,6 +84,17 @@ def summarized(learn):
     learn.summary()
     learn.fit(1)
 
+def with_resets(learn):
+    learn.fit(1)
+    assert learn.model.resets > 0
+
+class ThirdParty(Callback):
+    "Reads parameters and hyperparameters of groups, and sets the latter, as code that knows PyTorch's optimizers does"
+    def before_step(self):
+        for group in self.opt.param_groups: nn.utils.clip_grad_norm_(group['params'], 10*group['lr'])
+        self.opt.param_groups = [{**group, 'lr': group['lr']*.99} for group in self.opt.param_groups]
+    def after_step(self): assert all(p.grad is not None for group in self.opt.param_groups for p in group['params'])
+
 SCENARIOS = dict(
     fit_one_cycle = dict(run=lambda learn: learn.fit_one_cycle(3, slice(1e-3, 1e-2), wd=.1)),
     l2            = dict(run=lambda learn: learn.fit_one_cycle(2, 1e-2, wd=.1), opt_kwargs=dict(decouple_wd=False)),
@@ -100,7 +111,8 @@ SCENARIOS = dict(
     twice         = dict(run=twice),
     scheduled     = dict(run=scheduled),
     start_epoch   = dict(run=resumed),
-    resetter      = dict(run=lambda learn: learn.fit(1), cbs=ModelResetter),
+    resetter      = dict(run=with_resets, cbs=ModelResetter),
+    third_party   = dict(run=lambda learn: learn.fit(2, slice(1e-3, 1e-2)), cbs=ThirdParty),
     summary       = dict(run=summarized),
     new_head      = dict(run=change_head),
     other_split   = dict(run=change_split),
@@ -131,7 +143,8 @@ def results(learn, run):
     losses = Losses()
     with learn.added_cbs(losses): run(learn)
     flat = torch.cat([v.detach().double().flatten() for v in learn.model.state_dict().values()])
-    return dict(losses=torch.tensor(losses.values, dtype=torch.float64), record=torch.tensor(learn.recorder.values, dtype=torch.float64), weights=flat)
+    return dict(losses=torch.tensor(losses.values, dtype=torch.float64), record=torch.tensor(learn.recorder.values, dtype=torch.float64), weights=flat,
+                resets=torch.tensor(float(learn.model.resets)))
 
 def run_scenario(scenario, name, way, dtype=torch.float32, path='.'):
     kwargs = dict(SCENARIOS[scenario])
