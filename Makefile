@@ -8,11 +8,13 @@ JOBS ?= 2
 
 bin := $(VENV)/bin
 ready := $(VENV)/.ready
+docs_ready := $(VENV)/.docs_ready
+PORT ?= 4000
 
-.PHONY: help demo test setup sync nbtest pytest readme export oldest clean
+.PHONY: help demo test setup sync nbtest pytest readme export docs docs-serve docs-check docs-test dist-test oldest clean
 
 help: ## This list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: setup ## Train on handwritten digits with all backends (or DATA=folder of images), and compare
 	$(bin)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
@@ -46,6 +48,29 @@ readme: setup ## README.md from nbs/index.ipynb
 export: setup ## Modules and README.md from the notebooks
 	$(bin)/nbdev-export
 	$(bin)/python .ci/readme.py
+
+docs: $(docs_ready) ## The site, from the notebooks, in _docs
+	$(bin)/python .ci/docs.py
+	$(bin)/python .ci/docs_check.py
+
+docs-serve: $(docs_ready) ## Build the site and show it at http://127.0.0.1:4000 (PORT=4000)
+	$(bin)/python .ci/docs.py
+	$(bin)/python -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
+
+docs-check: ## Does every link in _docs lead somewhere?
+	$(bin)/python .ci/docs_check.py
+
+docs-test: $(docs_ready) ## Open every page of _docs in Chromium (CHROMIUM=/usr/bin/chromium, SHOTS=folder for screenshots)
+	node .ci/browser.mjs $(SHOTS)
+
+$(docs_ready): $(ready) .ci/package-lock.json
+	@command -v npm > /dev/null || { echo "npm is needed for KaTeX, which sets the formulas of the site"; exit 1; }
+	$(bin)/python -m pip install --quiet -e ".[docs]" -c $(CONSTRAINTS)
+	npm ci --prefix .ci --silent --no-audit --no-fund
+	@touch $@
+
+dist-test: setup ## Build wheel and sdist, install the wheel elsewhere, run README's first example (OVER=.venv/lib/python3.11/site-packages: quick)
+	$(bin)/python .ci/dist.py $(if $(OVER),--over "$(OVER)")
 
 oldest: ## Run the tests with the oldest versions that settings.ini allows (PYTHON=python3.10)
 	@$(MAKE) --no-print-directory pytest VENV=.venv-oldest CONSTRAINTS=.ci/oldest.txt EXTRAS=fused,test

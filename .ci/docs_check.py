@@ -1,0 +1,56 @@
+"""Check the built site: every link leads to a page, an anchor or a file that is there, and nothing is loaded from elsewhere
+
+`python .ci/docs_check.py [folder]` prints what is wrong, and exits with 1 if that is anything."""
+import json, sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+class Page(HTMLParser):
+    "What a page has and wants: `ids`, `links` (addresses in `<a>`), `loads` (what a browser fetches for it), `bare` images without `alt`"
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.loads, self.bare = Counter(), [], [], 0
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if 'id' in attrs: self.ids[attrs['id']] += 1
+        if tag == 'a' and attrs.get('href'): self.links.append(attrs['href'])
+        if tag == 'link' and attrs.get('rel') in ('stylesheet', 'icon'): self.loads.append(attrs['href'])
+        if attrs.get('src'): self.loads.append(attrs['src'])
+        self.bare += tag == 'img' and not attrs.get('alt')
+
+def problem(folder, pages, page, address):
+    "What is wrong with `address` on the page `page`, if anything is"
+    url = urlsplit(address)
+    if url.scheme or url.netloc: return
+    target = (page.parent/unquote(url.path)).resolve() if url.path else page
+    if target.is_dir(): target = target/'index.html'
+    if folder not in target.parents: return 'leads out of the site'
+    if not target.is_file(): return 'leads nowhere'
+    if url.fragment and target in pages and unquote(url.fragment) not in pages[target].ids: return 'has no such anchor'
+
+def check(folder):
+    "Everything that is wrong with the site in `folder`, as pairs of a page's name and a message"
+    folder = folder.resolve()
+    pages = {o: Page(o) for o in sorted(folder.rglob('*.html'))}
+    for path, page in pages.items():
+        for address in dict.fromkeys(page.links + page.loads):
+            if (what := problem(folder, pages, path, address)): yield path.name, f'{address} {what}'
+        for address in page.loads:
+            if urlsplit(address).netloc: yield path.name, f'{address} is loaded from another server'
+        for name, n in page.ids.items():
+            if n > 1: yield path.name, f'id {name} is there {n} times'
+        if page.bare: yield path.name, f'{page.bare} images have no alternative text (#| fig-alt: ...)'
+    for css in folder.rglob('*.css'):
+        if '@import url("http' in (text := css.read_text(encoding='utf-8')) or '@import url(http' in text: yield css.name, 'imports from another server'
+    for entry in json.loads((folder/'search.json').read_text(encoding='utf-8')):
+        if (what := problem(folder, pages, folder/'index.html', entry['href'])): yield 'search.json', f'{entry["href"]} {what}'
+    if not pages: yield str(folder), 'has no pages'
+
+if __name__ == '__main__':
+    problems = list(check(Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent/'_docs')))
+    print(*(f'{page}: {what}' for page, what in problems), f'{len(problems)} problems', sep='\n')
+    sys.exit(bool(problems))

@@ -1,0 +1,106 @@
+"The site: its sidebar, the check of its links, and how notebooks become pages (what needs a browser is in `make docs-test`)"
+import importlib, re, sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parent.parent
+sys.path.insert(0, str(root/'.ci'))
+import dist, docs_check
+
+def test_every_page_is_in_the_sidebar():
+    yaml = pytest.importorskip('yaml')
+    def pages(entry):
+        if isinstance(entry, str): return [entry]
+        return [entry['href']] if 'href' in entry else [p for o in entry['contents'] for p in pages(o)]
+    config = yaml.safe_load((root/'nbs/_quarto.yml').read_text(encoding='utf-8'))
+    listed = pages(config['website']['sidebar'])
+    assert sorted(listed) == sorted(o.name for o in (root/'nbs').glob('*.ipynb'))
+
+GOOD = '<html><head><link rel="stylesheet" href="a.css"></head><body><h1 id="top">A</h1><a href="b.html#there">b</a><a href="#top">up</a></body></html>'
+
+@pytest.fixture
+def site(tmp_path):
+    "A site of two pages without faults"
+    (tmp_path/'index.html').write_text(GOOD)
+    (tmp_path/'b.html').write_text('<p id="there"><img src="p.png" alt="a plot"><a href="https://example.com">out</a></p>')
+    (tmp_path/'a.css').write_text('p {color: red}')
+    (tmp_path/'p.png').write_bytes(b'')
+    (tmp_path/'search.json').write_text('[{"href": "b.html#there"}]')
+    return tmp_path
+
+def test_a_good_site(site): assert list(docs_check.check(site)) == []
+
+@pytest.mark.parametrize('file,old,new,problem', [
+    ('index.html', 'b.html#there', 'c.html', 'c.html leads nowhere'),
+    ('index.html', 'b.html#there', 'b.html#here', 'b.html#here has no such anchor'),
+    ('index.html', '#top', '#bottom', '#bottom has no such anchor'),
+    ('index.html', 'b.html#there', '../b.html', '../b.html leads out of the site'),
+    ('index.html', 'a.css', 'https://example.com/a.css', 'https://example.com/a.css is loaded from another server'),
+    ('index.html', '<h1 id="top">', '<h1 id="top"><b id="top">', 'id top is there 2 times'),
+    ('b.html', ' alt="a plot"', '', '1 images have no alternative text'),
+    ('b.html', 'p.png', 'q.png', 'q.png leads nowhere'),
+    ('a.css', 'p {', '@import url(https://example.com/f.css); p {', 'imports from another server'),
+    ('search.json', 'there', 'here', 'b.html#here has no such anchor'),
+])
+def test_a_bad_site(site, file, old, new, problem):
+    text = (site/file).read_text()
+    assert old in text
+    (site/file).write_text(text.replace(old, new))
+    problems = list(docs_check.check(site))
+    assert [o[0] for o in problems] == [file] and problems[0][1].startswith(problem)
+
+def test_everything_exported_can_be_documented():
+    "`show_doc` resolves annotations, and fails on those with a name that is not imported"
+    showdoc = pytest.importorskip('nbdev.showdoc')
+    from fastxtend._modidx import d
+    failed = []
+    for name, symbols in d['syms'].items():
+        try: module = importlib.import_module(name)
+        except ModuleNotFoundError: continue # Numba or Triton are not installed
+        for symbol in {o.removeprefix(f'{name}.') for o in symbols} & {*module.__all__}:
+            try: showdoc.show_doc(getattr(module, symbol))._repr_markdown_()
+            except Exception as e: failed.append(f'{name}.{symbol}: {e!r}')
+    assert not failed
+
+def test_readme_begins_with_the_example_of_the_index():
+    "What `make dist-test` takes from README.md is a cell of the notebook, which `make nbtest` runs"
+    import json
+    cells = json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
+    code = [''.join(o['source']) for o in cells if o['cell_type'] == 'code']
+    assert dist.first_example().strip() == code[0].strip() and 'fused=True' in code[0]
+
+def test_readme_states_the_versions():
+    "The bounds in settings.ini are those in README.md"
+    settings = (root/'settings.ini').read_text(encoding='utf-8')
+    rows = dict(re.findall(r'^\| (Python|PyTorch|fastai|Numba) \| ([\d.]+) ', (root/'README.md').read_text(encoding='utf-8'), re.M))
+    bounds = dict(re.findall(r'\b(fastai|torch|numba)>=([\d.]+)', settings))
+    lowest, = re.findall(r'^min_python = (.*)$', settings, re.M)
+    assert rows == dict(Python=lowest, PyTorch=bounds['torch'], fastai=bounds['fastai'], Numba=bounds['numba'])
+
+def test_docs_requirements_are_pinned():
+    pinned = {o.split('==')[0] for o in (root/'constraints.txt').read_text().splitlines()}
+    asked, = re.findall(r'^docs_requirements = (.*)$', (root/'settings.ini').read_text(encoding='utf-8'), re.M)
+    assert {re.split('[<>=]', o)[0] for o in asked.split()} <= pinned
+
+def test_what_readers_see_of_a_notebook(tmp_path, monkeypatch):
+    "Cells are run, with the tables of what they define after them in their order; what is hidden is run but not shown"
+    pytest.importorskip('nbdev')
+    import docs
+    from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
+    nb = new_nb([mk_cell('# Title\n\n> what it is', 'markdown'), mk_cell('#| export\ndef f(a:int=1): "One"\ndef g(b:int=2): "Two"'),
+                 mk_cell('#| hide\nhidden = 6'), mk_cell('## Times', 'markdown'), mk_cell('hidden*7'), mk_cell('#| slow\n1/0'),
+                 mk_cell('from IPython.display import Image'),
+                 mk_cell('Image(data=b"\\x89PNG\\r\\n\\x1a\\n" + b"\\0"*30, format="png")')])
+    path = tmp_path/'page.ipynb'
+    write_nb(nb, path)
+    monkeypatch.chdir(root/'nbs')
+    monkeypatch.setenv('IN_TEST', '1')
+    page = read_nb(path)
+    docs.processors()(page)
+    shown = [''.join(o.source) for o in page.cells if o.cell_type == 'code']
+    assert [re.findall(r'show_doc\((\w)\)', o) for o in shown[:2]] == [['f'], ['g']]
+    assert not any('hidden = 6' in o for o in shown)
+    run, = (o for o in page.cells if o.source == 'hidden*7')
+    assert run.outputs[0]['data']['text/plain'] == ['42']
+    assert '#| fig-alt: "Times"' in shown[-1]
