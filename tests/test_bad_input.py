@@ -196,6 +196,7 @@ LOAD = [
     Wrong('None for a state',                each_state(lambda s: None), (TypeError, ValueError, AttributeError), ''),
     Wrong('an additional hyper',             each_hyper(lambda h: {**h, 'nesterov': True}), ValueError, 'of another optimizer.*nesterov'),
     Wrong('a hyper is missing',              each_hyper(lambda h: {k: v for k,v in h.items() if k != 'lr'}), ValueError, 'of another optimizer'),
+    Wrong('a hyper whose name is none',      each_hyper(lambda h: {**h, (1, 2): 3.}), ValueError, 'of another optimizer'),
     Wrong('a list for hypers',               each_hyper(list), (TypeError, ValueError), ''),
     Wrong('a slot of another shape',         each_slot(lambda s: s.new_zeros(3, 3)), ValueError, 'another model'),
     Wrong('a slot that would broadcast',     each_slot(lambda s: s.new_zeros(1)), ValueError, 'another model'),
