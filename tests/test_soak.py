@@ -4,10 +4,10 @@ import ctypes, gc, os, random, sys
 import pytest
 from common import *
 
-STEPS = int(os.environ.get('FASTXTEND_SOAK_STEPS', 300)) # of each optimizer on each backend; 100000 for a real soak
+STEPS = int(os.environ.get('FASTXTEND_SOAK_STEPS', 300)) # of each optimizer on each backend; 12500 make 100,000 of each backend
 WARM = STEPS//3 # Caches are full by then
 GROWTH = 2 # MiB of resident memory that may be added after that; one tensor kept each step would be more in a real soak
-DRIFT = 1e-4 # Difference of weights from native, relative to the greatest in each
+DRIFT = 1e-4 # Difference of weights from native, relative to the greatest in each. Native's own from native in float64 is up to 2e-5
 
 SHAPES = ((40, 30), (40,), (16, 8, 3, 3), (16,), (10, 16), (10,))
 
@@ -62,14 +62,14 @@ class Soak:
 @pytest.mark.parametrize('way', BACKENDS)
 def test_soak(name, way):
     with threads(1):
-        native, fast = Soak(name, 'native'), Soak(name, way)
+        native, fast, drift = Soak(name, 'native'), Soak(name, way), 0.
         for t in range(STEPS):
             if t == WARM: before, alive = resident(), tensors()
             if t == STEPS//2 or t == STEPS-1: native.opt.unfreeze(), fast.opt.unfreeze()
             native.step(t)
             fast.step(t)
             if t % 100 == 0 or t == STEPS-1:
-                drift = max(float((a-b).detach().abs().max()/a.detach().abs().max()) for a,b in zip(native.params, fast.params))
+                drift = max(drift, *(float((a-b).detach().abs().max()/a.detach().abs().max()) for a,b in zip(native.params, fast.params)))
                 assert drift <= DRIFT, f"{drift:.1e} after {t+1} steps"
         growth, more = resident() - before, tensors() - alive
     print(f"{name} {way}: {STEPS} steps, {growth:+.2f} MiB, {more:+d} tensors, drift {drift:.1e}")
