@@ -11,5 +11,6 @@ from .callback.averaging import EMACallback, SWACallback
 from .callback.profiler import SimpleProfilerCallback
 from .optimizer import all as _optimizer
 from .optimizer.all import *
+from .optimizer.wrapper import TorchOptimizer, torch_opt
 
-__all__ = [*_optimizer.__all__, 'EMACallback', 'SWACallback', 'SimpleProfilerCallback']
+__all__ = [*_optimizer.__all__, 'TorchOptimizer', 'torch_opt', 'EMACallback', 'SWACallback', 'SimpleProfilerCallback']

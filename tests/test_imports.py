@@ -82,7 +82,7 @@ def test_blocking_blocks():
 REPLACED = {'SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'ranger'}
 ADDED = {'Ranger', 'sgd', 'rmsprop', 'adam', 'radam', 'qhadam', 'larc', 'lamb', 'FusedOptimizer', 'FusedLookahead', 'JitOptimizer', 'JitLookahead',
          'ForEachOptimizer', *(f'{o}ForEachOptimizer' for o in ('SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'Ranger'))}
-ADDED_BASICS = ADDED | {'EMACallback', 'SWACallback', 'SimpleProfilerCallback'}
+ADDED_BASICS = ADDED | {'TorchOptimizer', 'torch_opt', 'EMACallback', 'SWACallback', 'SimpleProfilerCallback'}
 
 @pytest.mark.parametrize('first, ours, added', [
     ('fastai.vision.all', 'fastxtend.vision.all', ADDED_BASICS),
