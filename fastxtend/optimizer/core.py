@@ -463,7 +463,7 @@ def loaded(self:FastOptimizer,
         raise ValueError(f"The saved optimizer has {len(sd['state'])} parameters, and this one has {len(params)}")
     for saved,own in zip(sd['hypers'], self.hypers):
         if set(saved) != set(own):
-            raise ValueError(f"The saved state is of another optimizer: its hyperparameters are {', '.join(sorted(saved))}, "
+            raise ValueError(f"The saved state is of another optimizer: its hyperparameters are {', '.join(sorted(map(str, saved)))}, "
                              f"and those of {self.spec.name} are {', '.join(sorted(own))}")
     state = defaultdict(dict)
     for p,saved in zip(params, sd['state']): state[p] = {k: self._loaded_item(p, k, v) for k,v in saved.items()}
