@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/basics.ipynb #c71e12aa
+# %% ../nbs/basics.ipynb #a970a426
 import fastxtend.schedulers # adds `Learner.fit_flat_varied`
 from .callback.averaging import EMACallback, SWACallback
 from .callback.profiler import SimpleProfilerCallback

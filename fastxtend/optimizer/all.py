@@ -9,7 +9,7 @@ __all__ = ['SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'Ranger'
            'LambForEachOptimizer', 'RangerForEachOptimizer', 'JitOptimizer', 'JitLookahead', 'FusedOptimizer',
            'FusedLookahead']
 
-# %% ../../nbs/optimizer.all.ipynb #15c99bb1
+# %% ../../nbs/optimizer.all.ipynb #2773dd2f
 from .foreach import (ForEachOptimizer, SGDForEachOptimizer, RMSPropForEachOptimizer, AdamForEachOptimizer,
     RAdamForEachOptimizer, QHAdamForEachOptimizer, LarcForEachOptimizer, LambForEachOptimizer, RangerForEachOptimizer)
 from .fused import (SGD, RMSProp, Adam, RAdam, QHAdam, Larc, Lamb, Ranger,
@@ -17,7 +17,7 @@ from .fused import (SGD, RMSProp, Adam, RAdam, QHAdam, Larc, Lamb, Ranger,
 from .kernels import FusedLookahead, FusedOptimizer
 from .torchscript import JitLookahead, JitOptimizer
 
-# %% ../../nbs/optimizer.all.ipynb #1b996ff1
+# %% ../../nbs/optimizer.all.ipynb #140c5f3f
 _all_ = [SGD, RMSProp, Adam, RAdam, QHAdam, Larc, Lamb, Ranger,
          sgd, rmsprop, adam, radam, qhadam, larc, lamb, ranger,
          ForEachOptimizer, SGDForEachOptimizer, RMSPropForEachOptimizer, AdamForEachOptimizer, RAdamForEachOptimizer,

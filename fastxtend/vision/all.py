@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/vision.all.ipynb #99ba00e5
+# %% ../../nbs/vision.all.ipynb #2d8c6083
 from .. import basics as _basics
 from ..basics import *
 
