@@ -1,15 +1,18 @@
 "Two processes on CPUs: DDP trains as one process does on the whole batch, and so does FSDP2"
 import os, socket, subprocess, sys
+from importlib.util import find_spec
+from unittest.mock import patch
 
 import pytest
 from common import *
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+from fastxtend.optimizer import kernels
 from fastxtend.optimizer.kernels import SHARDED
 from torch import distributed as dist, nn
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")]
 
-WORLD, STEPS, BATCH = 2, 16, 8
+WORLD, STEPS, BATCH = 2, 12, 8
 
 # How far weights may be from those of one process, relative to the greatest element of a tensor, after `STEPS` steps in float64: the gradient
 # of a half batch and the mean of two are rounded differently, and adaptive optimizers magnify that (in float32 to 3e-5). Measured: 1.1e-15, and 5.3e-14 where
@@ -104,32 +107,36 @@ def broadcast(self, t, rank):
     dist.broadcast(t, rank)
     return t.tolist()
 
+def learner(name, way, x, bs):
+    data = list(zip(x, x[:, :3].argmax(1)))
+    dls = DataLoaders(DataLoader(data, bs=bs), DataLoader(data, bs=BATCH), device='cpu')
+    return Learner(dls, net(), CrossEntropyLossFlat(), opt_func=helper(name)(**flags(way)), splitter=lambda m: [list(part.parameters()) for part in (m[:1], m[1:])])
+
+def fit(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
+
+@lru_cache(None)
+def alone_with_fastai(name):
+    "On the same batches, of which `distrib_ctx` gives each process consecutive items"
+    learn = learner(name, 'native', items(64, seed=2)[0].view(WORLD, -1, BATCH//WORLD, 6).transpose(0, 1).reshape(-1, 6), BATCH)
+    fit(learn), fit(learn)
+    return weights(learn.model)
+
 def distrib_ctx(name, way):
-    "`fit_one_cycle` in `distrib_ctx`, which gives each process its part of each batch; saved by rank 0, loaded by all, and trained on"
+    "`fit_one_cycle` in `distrib_ctx`; saved by rank 0, loaded by all, and trained on"
     from fastai.distributed import DistributedDL
     DistributedDL._broadcast = broadcast
-    part, (x, _) = BATCH//WORLD, items(64, seed=2)
-    def learner(way, x):
-        data = list(zip(x, x[:, :3].argmax(1)))
-        dls = DataLoaders(DataLoader(data, bs=BATCH), DataLoader(data, bs=BATCH), device='cpu')
-        return Learner(dls, net(), CrossEntropyLossFlat(), opt_func=helper(name)(**flags(way)), splitter=lambda m: [list(part.parameters()) for part in (m[:1], m[1:])])
-    def fit(learn):
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
-    together = x.view(WORLD, -1, part, 6).transpose(0, 1).reshape(-1, 6) # fastai gives each process consecutive items
-    one, both, resumed = learner('native', together), learner(way, x), learner(way, x)
-    for learn in (both, resumed): learn.dls[0].bs = part
-    fit(one); fit(one)
+    both, resumed = (learner(name, way, items(64, seed=2)[0], BATCH//WORLD) for _ in range(2))
     with both.distrib_ctx(sync_bn=False):
         fit(both)
         both.save(f'{os.getcwd()}/learner')
         dist.barrier()
         fit(both)
-    with resumed.distrib_ctx(sync_bn=False):
-        fit(resumed.load(f'{os.getcwd()}/learner'))
+    with resumed.distrib_ctx(sync_bn=False): fit(resumed.load(f'{os.getcwd()}/learner'))
     dist.barrier()
     check_same_everywhere(weights(both.model))
     check_equal(weights(both.model), weights(resumed.model))
-    return check_close(weights(one.model), weights(both.model))
+    return check_close(alone_with_fastai(name), weights(both.model))
 
 def shard(model, layers=slice(None)):
     "`fully_shard` as is usual: each layer, then all; or only some layers"
@@ -191,7 +198,19 @@ def twice(name, way):
     if way == 'jit' and OPTIMIZERS[name].norms: return 'is refused'
     return check_close(trained(net(), 'native', noop), trained(shard(net()), way))
 
-TASKS = {f.__name__: f for f in (ddp, distrib_ctx, fsdp, wide, partly, twice)}
+def interpreted(name, way):
+    "Shards in the CUDA kernels, which Triton's interpreter runs on CPUs"
+    if way != 'fused': return 'has no kernel'
+    model = shard(net())
+    opt = optimizer(name, way, model)
+    with patch.dict(kernels.ENGINES, {1: 'cuda'}):
+        kernels.engine.cache_clear()
+        train_on(model, opt, batches()[:2])
+        assert set(opt.backend_report().attrgot('backend')) == {'triton'}
+    kernels.engine.cache_clear()
+    return check_close(weights(alone(name, net, 2)[0]), weights(model))
+
+TASKS = {f.__name__: f for f in (ddp, distrib_ctx, fsdp, wide, partly, twice, interpreted)}
 
 def launch(folder, **tasks):
     "Run the tasks for some optimizers with each backend in `WORLD` processes"
@@ -199,7 +218,7 @@ def launch(folder, **tasks):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': str(WORLD), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
-           'PYTHONPATH': os.pathsep.join(filter(None, sys.path)), 'ACCELERATE_USE_CPU': 'true'}
+           'PYTHONPATH': os.pathsep.join(filter(None, sys.path)), 'ACCELERATE_USE_CPU': 'true', 'TRITON_INTERPRET': '1'}
     args = [sys.executable, __file__, *(f"{task}:{','.join(names)}" for task,names in tasks.items())]
     procs = [subprocess.Popen(args, env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
              for r in range(WORLD)]
@@ -211,7 +230,9 @@ def launch(folder, **tasks):
     done = [tuple(line.split()[:3]) for line in outs[0].splitlines()]
     assert {(task, n, w) for task,names in tasks.items() for n in names for w in BACKENDS} <= set(done)
 
-def test_two_processes(tmp_path): launch(tmp_path, ddp=NAMES, fsdp=NAMES, wide=['Adam', 'Lamb'], partly=NAMES, twice=NAMES)
+def test_two_processes(tmp_path):
+    with_triton = dict(interpreted=['Adam', 'Ranger']) if find_spec('triton') else {}
+    launch(tmp_path, ddp=NAMES, fsdp=NAMES, wide=['Adam', 'Lamb'], partly=NAMES, twice=NAMES, **with_triton)
 
 def test_distrib_ctx(tmp_path):
     pytest.importorskip('accelerate')
