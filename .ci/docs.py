@@ -2,10 +2,9 @@
 
 A page is built again only if its notebook, the package, a measurement or this file changed. `--prepare` stops before rendering, so that
 Quarto can do that where it is installed: `python .ci/docs.py --prepare && quarto render _proc`."""
-import argparse, hashlib, json, os, re, shutil, sys
-from concurrent.futures import ProcessPoolExecutor
+import argparse, hashlib, json, os, re, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -24,13 +23,27 @@ def is_built(nb, key):
     page = proc/nb.name
     return page.exists() and json.loads(page.read_text(encoding='utf-8'))['metadata'].get('depends_on') == key
 
+def as_on_a_terminal(text):
+    "What remains of `text` after all carriage returns: of a progress bar, nothing"
+    lines = [o.rpartition('\r')[2] for o in text.splitlines(keepends=True)]
+    return ''.join(o for o in lines if o.isspace() or not re.fullmatch(r'\s*(█|Epoch \d+/\d+ :)*\s*', o))
+
 def processors():
     "nbdev's processors, with one that runs all cells in place of the one that runs what `show_doc` needs"
-    from fastcore.nbio import does_cell_eval
+    from fastcore.nbio import does_cell_eval, mk_cell
     from nbdev.config import get_config
     from nbdev.process import Processor
     from nbdev.processors import FilterDefaults, add_show_docs, exec_show_docs
     skip = set(get_config().tst_flags.split())
+
+    class TitleApart(Processor):
+        "`FrontmatterProc` drops the cell with the title: what stands below title and description becomes a cell of its own"
+        def begin(self):
+            first = self.nb.cells[0]
+            head, text = re.match(r'((?:(?:# |> |- [\w-]+: )[^\n]*|\s)*)(.*)', first.source, re.S).groups()
+            if first.cell_type == 'markdown' and head.startswith('# ') and text:
+                first.source = head
+                self.nb.cells.insert(1, mk_cell(text, 'markdown'))
 
     class InOrder(Processor):
         "`add_show_docs` puts what one cell defines in reverse order: turn it round"
@@ -50,13 +63,15 @@ def processors():
             self.k.cell(cell)
             if self.k.exc: raise RuntimeError(self.k.prettytb(self.nb.path_))
             cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
+            for o in cell.outputs:
+                if 'text' in o: o['text'] = as_on_a_terminal(''.join(o['text']))
             is_plot = any(k.startswith('image/') for o in cell.outputs for k in o.get('data', ()))
             if is_plot and 'fig-alt' not in cell.source: cell.source = f'#| fig-alt: {json.dumps(self.section)}\n{cell.source}'
 
     class Site(FilterDefaults):
         def base_procs(self):
             ours = {add_show_docs: [add_show_docs, InOrder], exec_show_docs: [Run]}
-            return [p for o in super().base_procs() for p in ours.get(o, [o])]
+            return [TitleApart, *(p for o in super().base_procs() for p in ours.get(o, [o]))]
     return Site()
 
 def build_page(nb, key):
@@ -69,7 +84,13 @@ def build_page(nb, key):
     processors()(page)
     page.metadata['depends_on'] = key
     write_nb(page, proc/nb.name)
-    return nb.name
+
+def build_apart(nb, threads):
+    "`build_page` in a process of its own, as notebooks change what they import. Returns whether that worked"
+    env = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
+    res = subprocess.run([sys.executable, __file__, '--page', nb], env=env, capture_output=True, text=True)
+    print(f'built {nb.name}' if res.returncode == 0 else res.stderr, flush=True)
+    return res.returncode == 0
 
 def prepare(workers):
     "All pages in `_proc`, and what the renderer needs beside them"
@@ -78,10 +99,22 @@ def prepare(workers):
     for o in proc.glob('*.ipynb'):
         if not (nbs/o.name).exists(): o.unlink()
     for name in ('_quarto.yml', 'styles.css'): shutil.copy(nbs/name, proc/name)
-    todo = {nb: key for nb in sources if not is_built(nb, key := depends_on(nb))}
-    os.environ['OMP_NUM_THREADS'] = str(max(1, os.cpu_count() // workers))
-    with ProcessPoolExecutor(workers, mp_context=get_context('spawn'), max_tasks_per_child=1) as pool:
-        for name in pool.map(build_page, todo, todo.values()): print(f'built {name}', flush=True)
+    todo = [nb for nb in sources if not is_built(nb, depends_on(nb))]
+    threads = max(1, os.cpu_count() // workers)
+    with ThreadPoolExecutor(workers) as pool: built = [*pool.map(lambda nb: build_apart(nb, threads), todo)]
+    if not all(built): sys.exit(f'{built.count(False)} notebooks failed')
+
+def mend_links(folder):
+    """nbdev links every name in backticks that the package defines, also those that no page describes under a heading of their own: a method
+    to its class then, and all else to its page"""
+    pages = {o.name: o.read_text(encoding='utf-8') for o in folder.glob('*.html')}
+    ids = {name: {*re.findall(r'\bid="([^"]+)"', text)} for name, text in pages.items()}
+    def mended(match):
+        page, anchor = match[1], match[2]
+        known = [o for o in (anchor, anchor.partition('.')[0]) if o in ids.get(page, {anchor})]
+        return f'href="{page}{"#" + known[0] if known else ""}"><code>'
+    for name, text in pages.items():
+        (folder/name).write_text(re.sub(r'href="([\w.]+\.html)#([^"]+)"><code>', mended, text), encoding='utf-8')
 
 def render():
     "The site in `_docs`, with KaTeX in it instead of links to a server. Returns what smalldocs complained about"
@@ -90,15 +123,18 @@ def render():
     docs = site.Site(config.load(proc))
     docs.out = out
     docs.build()
+    mend_links(out)
     shutil.copytree(katex, out/'site_libs/katex', ignore=shutil.ignore_patterns('*.mjs', '*.ttf', '*.woff', 'README.md'))
     (out/'.nojekyll').touch()
-    return docs.warnings
+    return [o for o in docs.warnings if not o.endswith('output-file is not read by smalldocs')]  # nbdev's, and what it would do anyway
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--prepare', action='store_true', help="do not render")
+    parser.add_argument('--page', type=Path, help="only this notebook")
     parser.add_argument('--workers', type=int, default=min(os.cpu_count(), 4), help="notebooks that run at a time (default: %(default)s)")
     args = parser.parse_args()
+    if args.page: sys.exit(build_page(args.page, depends_on(args.page)))
     prepare(args.workers)
     if args.prepare: sys.exit()
     warnings = render()

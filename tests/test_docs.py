@@ -83,12 +83,18 @@ def test_docs_requirements_are_pinned():
     asked, = re.findall(r'^docs_requirements = (.*)$', (root/'settings.ini').read_text(encoding='utf-8'), re.M)
     assert {re.split('[<>=]', o)[0] for o in asked.split()} <= pinned
 
+def test_progress_bars_leave_no_trace():
+    pytest.importorskip('nbdev')
+    import docs
+    bar = 'epoch  loss\n█\r\n\rEpoch 1/2 : |--| 0.00%\rEpoch 1/2 : |██| 100.00%\r                 \rEpoch 1/2 : \r0      0.5\n█\n'
+    assert docs.as_on_a_terminal(bar).split() == ['epoch', 'loss', '0', '0.5']
+
 def test_what_readers_see_of_a_notebook(tmp_path, monkeypatch):
     "Cells are run, with the tables of what they define after them in their order; what is hidden is run but not shown"
     pytest.importorskip('nbdev')
     import docs
     from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
-    nb = new_nb([mk_cell('# Title\n\n> what it is', 'markdown'), mk_cell('#| export\ndef f(a:int=1): "One"\ndef g(b:int=2): "Two"'),
+    nb = new_nb([mk_cell('# Title\n\n> what it is\n\n- search: false\n\nText under it', 'markdown'), mk_cell('#| export\ndef f(a:int=1): "One"\ndef g(b:int=2): "Two"'),
                  mk_cell('#| hide\nhidden = 6'), mk_cell('## Times', 'markdown'), mk_cell('hidden*7'), mk_cell('#| slow\n1/0'),
                  mk_cell('from IPython.display import Image'),
                  mk_cell('Image(data=b"\\x89PNG\\r\\n\\x1a\\n" + b"\\0"*30, format="png")')])
@@ -98,6 +104,8 @@ def test_what_readers_see_of_a_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv('IN_TEST', '1')
     page = read_nb(path)
     docs.processors()(page)
+    assert page.frontmatter_ == {'title': 'Title', 'description': 'what it is', 'search': False, 'output-file': 'page.html'}
+    assert [o.source for o in page.cells if o.source == 'Text under it'], 'text in the cell of the title is lost'
     shown = [''.join(o.source) for o in page.cells if o.cell_type == 'code']
     assert [re.findall(r'show_doc\((\w)\)', o) for o in shown[:2]] == [['f'], ['g']]
     assert not any('hidden = 6' in o for o in shown)

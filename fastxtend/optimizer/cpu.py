@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import llvmlite.ir as ir
-import numba, numpy as np, torch
+import numba, numba.core.ccallback, numpy as np, torch
 from fastai.torch_basics import *
 from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic

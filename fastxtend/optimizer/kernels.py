@@ -13,7 +13,7 @@ import numpy as np, torch
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .core import Batch, FastOptimizer, LookaheadMixin, describe, find_entangled, is_sharded
+from .core import Batch, FastOptimizer, LookaheadMixin, OptimizerSpec, describe, find_entangled, is_sharded
 from .foreach import ListOptimizer, shards, tensor_env
 from .probe import DTYPES, OK, REASONS, UNREADABLE, Probe, in_conflict, probe
 from .rules import compile_rule, rule_row, rule_slots
