@@ -126,7 +126,8 @@ def render():
     mend_links(out)
     shutil.copytree(katex, out/'site_libs/katex', ignore=shutil.ignore_patterns('*.mjs', '*.ttf', '*.woff', 'README.md'))
     (out/'.nojekyll').touch()
-    return [o for o in docs.warnings if not o.endswith('output-file is not read by smalldocs')]  # nbdev's, and what it would do anyway
+    for_quarto = 'output-file is not read by smalldocs', 'html-math-method is ignored'
+    return [o for o in docs.warnings if not o.endswith(for_quarto)]
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
