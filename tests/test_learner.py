@@ -143,8 +143,7 @@ def results(learn, run):
     losses = Losses()
     with learn.added_cbs(losses): run(learn)
     flat = torch.cat([v.detach().double().flatten() for v in learn.model.state_dict().values()])
-    return dict(losses=torch.tensor(losses.values, dtype=torch.float64), record=torch.tensor(learn.recorder.values, dtype=torch.float64), weights=flat,
-                resets=torch.tensor(float(learn.model.resets)))
+    return dict(losses=torch.tensor(losses.values, dtype=torch.float64), record=torch.tensor(learn.recorder.values, dtype=torch.float64), weights=flat)
 
 def run_scenario(scenario, name, way, dtype=torch.float32, path='.'):
     kwargs = dict(SCENARIOS[scenario])

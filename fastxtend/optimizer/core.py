@@ -62,7 +62,7 @@ def radam_scalars(lr, mom, sqr_mom, eps, step, beta=0., **_):
     return dict(rectified=float(v > 0), step_size=(lr*v if v else lr)*scale/debias(mom, 1-mom, step),
                 eps=eps*scale, sqr_scale=1/correction, threshold=20.)
 
-# %% ../../nbs/optimizer.core.ipynb #50469513
+# %% ../../nbs/optimizer.core.ipynb #a5e1b54e
 @dataclass(frozen=True)
 class OptimizerSpec:
     "What the library needs to know of one optimizer"
@@ -102,13 +102,13 @@ class OptimizerSpec:
         if self.rule_no_mom and not mom: return self.rule_no_mom
         return self.rule_beta if self.rule_beta and beta else self.rule
 
-# %% ../../nbs/optimizer.core.ipynb #dc1ffd71
+# %% ../../nbs/optimizer.core.ipynb #82172f4f
 def _native_rmsprop(params, lr, eps, **kwargs):
     opt = fai.RMSProp(params, lr, **kwargs)
     opt.set_hyper('eps', eps)
     return opt
 
-# %% ../../nbs/optimizer.core.ipynb #b36c9639
+# %% ../../nbs/optimizer.core.ipynb #c0f79812
 def _named(name): return OPTIMIZERS[name]
 
 OPTIMIZERS = {o.name: o for o in (
@@ -123,7 +123,7 @@ OPTIMIZERS = {o.name: o for o in (
     OptimizerSpec('Ranger',  fai.ranger, rules.radam,  radam_scalars, rule_sync=rules.ranger, options=dict(alpha=.5)),
 )}
 
-# %% ../../nbs/optimizer.core.ipynb #4fa446f7
+# %% ../../nbs/optimizer.core.ipynb #3096dc89
 def spec_of(
     step:callable, # A step function, plain or scripted
 ) -> OptimizerSpec:
@@ -132,7 +132,7 @@ def spec_of(
         if any(s is step for s in spec.steps.values()): return spec
     return OptimizerSpec(getattr(step, '__name__', 'optimizer'), None, step)
 
-# %% ../../nbs/optimizer.core.ipynb #b40cf298
+# %% ../../nbs/optimizer.core.ipynb #d56484e3
 @dataclass
 class Batch:
     "Parameters that step together, with all that the step needs"
@@ -166,7 +166,7 @@ class Batch:
         "Parameters, gradients and slots: the lists of tensors a step reads"
         return self.params, self.grads, *self.slots.values()
 
-# %% ../../nbs/optimizer.core.ipynb #f6b39353
+# %% ../../nbs/optimizer.core.ipynb #4ea93233
 def describe(
     t:Tensor, # A parameter or gradient
 ) -> str:
@@ -211,7 +211,7 @@ def _refuse(name, p, t):
     raise RuntimeError(f"The {name} of a parameter of {describe(p)} is of {describe(t)}, and they must agree. If the model was moved or "
                        "converted, call `zero_grad` and run the backward pass again (gradient), or `clear_state` (state)")
 
-# %% ../../nbs/optimizer.core.ipynb #18496455
+# %% ../../nbs/optimizer.core.ipynb #ac6604d2
 def is_sharded(
     t:Tensor, # A parameter, or what belongs to it
 ) -> bool:
@@ -235,7 +235,7 @@ def find_entangled(
         if end > reach: reach, owner = end, i
     return sorted(found)
 
-# %% ../../nbs/optimizer.core.ipynb #87bcbccb
+# %% ../../nbs/optimizer.core.ipynb #8045d286
 class FastOptimizer(Optimizer):
     "A fastai `Optimizer` that gathers all groups once a step and runs them together"
 
@@ -316,7 +316,7 @@ class FastOptimizer(Optimizer):
         "Step `batch`: each backend has its own"
         raise NotImplementedError
 
-# %% ../../nbs/optimizer.core.ipynb #c6bbd386
+# %% ../../nbs/optimizer.core.ipynb #58888471
 def look(
     batch:Batch, # With all slots
 ) -> np.ndarray|None:
@@ -344,7 +344,7 @@ def repeats(
         seen[x] += 1
     return res
 
-# %% ../../nbs/optimizer.core.ipynb #02aca3be
+# %% ../../nbs/optimizer.core.ipynb #b3eb0d03
 NO_SADAM = ("ForEach has no SAdam, and Ranger has it only with `jit=True` or without a flag: "
             "use `RAdam(beta=...)` with `fused=True`, with `jit=True` or with neither")
 
@@ -394,7 +394,7 @@ def gather(self:FastOptimizer) -> Batch:
     rows = [self.row(group, wd, first + lead + 1) for group,wd,lead in keys]
     return Batch(params, grads, states, row_ids, rows, {n: [s.get(n) for s in states] for n in self.slot_names})
 
-# %% ../../nbs/optimizer.core.ipynb #5a8489d6
+# %% ../../nbs/optimizer.core.ipynb #ed93bc73
 @patch
 def init_slots(self:FastOptimizer,
     batch:Batch, # Parameters about to step
@@ -436,7 +436,7 @@ def entangled(self:FastOptimizer,
     if known is None or known[0] != addresses: known = self._memo['entangled'] = addresses, find_entangled(params)
     return known[1]
 
-# %% ../../nbs/optimizer.core.ipynb #6aa5b2e0
+# %% ../../nbs/optimizer.core.ipynb #64386460
 @patch
 def state_dict(self:FastOptimizer) -> dict:
     "State of each parameter and hyperparameters of each group, in plain containers"
@@ -497,7 +497,7 @@ def _sharded_like(p, value):
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)
 
-# %% ../../nbs/optimizer.core.ipynb #8dfc70d6
+# %% ../../nbs/optimizer.core.ipynb #5adef21d
 class LookaheadMixin:
     "The slow weights of Lookahead (Zhang et al., 2019) for a `FastOptimizer`"
     def __init__(self, *args,

@@ -20,10 +20,9 @@ from .probe import DEVICE, DTYPE, OK, SHAPE, STRIDES, UNREADABLE
 from .rules import SLOTS, compile_rule, rule_args, rule_row, rule_slots
 
 # %% auto #0
-__all__ = ['i64_ptr', 'f64_ptr', 'FORMATS', 'CHUNK', 'SERIAL', 'call_describe', 'call_item', 'call_type', 'call_forget',
-           'call_clear', 'call_chunk', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits',
-           'bfloat_to_float', 'float_to_bfloat', 'same', 'Format', 'chunk_source', 'with_cache', 'compiled', 'driver',
-           'drive', 'Tables', 'compiled_probe', 'step_kernels', 'row_names']
+__all__ = ['FORMATS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'bfloat_to_float',
+           'float_to_bfloat', 'same', 'Format', 'chunk_source', 'with_cache', 'compiled', 'driver', 'drive', 'Tables',
+           'compiled_probe', 'step_kernels', 'row_names']
 
 # %% ../../nbs/optimizer.cpu.ipynb #b7901467
 def _pointer_to(typ):
@@ -35,10 +34,10 @@ def _pointer_to(typ):
     return pointer
 
 _i64 = types.int64
-i64_ptr, f64_ptr = _pointer_to(_i64), _pointer_to(types.float64)
+_i64_ptr, _f64_ptr = _pointer_to(_i64), _pointer_to(types.float64)
 
 @intrinsic
-def call_chunk(typingctx, fn, tensors, start, n, row, out):
+def _call_chunk(typingctx, fn, tensors, start, n, row, out):
     "Call the chunk function at the address `fn`"
     def codegen(context, builder, sig, args):
         ftype = ir.FunctionType(ir.VoidType(), [ir.IntType(64)]*5)
@@ -109,7 +108,7 @@ FORMATS = {f.dtype: f for f in (
 # %% ../../nbs/optimizer.cpu.ipynb #f6cbea3b
 _chunk_source = '''
 def {name}(tensors, start, n, row, out):
-    at = carray(i64_ptr(tensors), {n_tensors})
+    at = carray(_i64_ptr(tensors), {n_tensors})
     {scalars} = {loads}
     {arrays} = {carrays}
     for i in range(n):
@@ -118,7 +117,7 @@ def {name}(tensors, start, n, row, out):
 '''
 _norms_source = '''
 def {name}(tensors, start, n, row, out):
-    at = carray(i64_ptr(tensors), {n_tensors})
+    at = carray(_i64_ptr(tensors), {n_tensors})
     {scalars} = {loads}
     a_sqr = b_sqr = 0.
     end = start + n
@@ -131,7 +130,7 @@ def {name}(tensors, start, n, row, out):
             b_part += b*b
         a_sqr += a_part
         b_sqr += b_part
-    sums = carray(f64_ptr(out), 2)
+    sums = carray(_f64_ptr(out), 2)
     sums[0], sums[1] = a_sqr, b_sqr
 '''
 
@@ -180,7 +179,7 @@ def compiled(
     digest = hashlib.sha256((chunk_source(rule, fmt, row, norms) + _sources(rule)).encode()).hexdigest()[:12]
     name = f'{rule.__name__}_{str(fmt.dtype)[6:]}_{digest}'
     fastmath = {'contract', 'reassoc'} if norms else {'contract'}
-    env = dict(rule=compile_rule(rule, _math, _jit), carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr,
+    env = dict(rule=compile_rule(rule, _math, _jit), carray=carray, _i64_ptr=_i64_ptr, _f64_ptr=_f64_ptr,
                load=fmt.load, save=fmt.save, elements=_pointer_to(fmt.store), scalars=_pointer_to(fmt.compute), zero=fmt.numpy.type(0), __name__=__name__)
     exec(compile(chunk_source(rule, fmt, row, norms, name), __file__, 'exec'), env)
     return with_cache(lambda cache: cfunc(types.void(*[_i64]*5), cache=cache, error_model='numpy', fastmath=fastmath)(env[name]))
@@ -192,7 +191,7 @@ def _drive(fn, table, chunks, rows, row_ids, out):
     table_row, row_size = table.shape[1]*8, rows.shape[1]*rows.itemsize
     for c in prange(len(chunks)):
         t = chunks[c, 0]
-        call_chunk(fn, table.ctypes.data + t*table_row + 32, chunks[c, 1], chunks[c, 2], rows.ctypes.data + row_ids[t]*row_size, out.ctypes.data + c*16)
+        _call_chunk(fn, table.ctypes.data + t*table_row + 32, chunks[c, 1], chunks[c, 2], rows.ctypes.data + row_ids[t]*row_size, out.ctypes.data + c*16)
 
 @lru_cache(None)
 def driver(
@@ -258,11 +257,11 @@ def _c_function(res, n_args):
     def two(typingctx, fn, a, b): return sig, codegen
     return intrinsic((none, one, two)[n_args])
 
-call_describe = _c_function(types.int32, 2) # PyTorch's: a tensor, and where to write the description
-call_item = _c_function(_i64, 2)            # PyList_GetItem
-call_type = _c_function(_i64, 1)            # PyObject_Type
-call_forget = _c_function(types.void, 1)    # Py_DecRef
-call_clear = _c_function(types.void, 0)     # PyErr_Clear
+_call_describe = _c_function(types.int32, 2) # PyTorch's: a tensor, and where to write the description
+_call_item = _c_function(_i64, 2)            # PyList_GetItem
+_call_type = _c_function(_i64, 1)            # PyObject_Type
+_call_forget = _c_function(types.void, 1)    # Py_DecRef
+_call_clear = _c_function(types.void, 0)     # PyErr_Clear
 
 # %% ../../nbs/optimizer.cpu.ipynb #ac91b7ac
 def _probe(functions, plain, lists, table):
@@ -271,7 +270,7 @@ def _probe(functions, plain, lists, table):
         table[t, 0] = _probe_one(functions, plain, lists, t, table[t, 4:], first, other)
         if table[t, 0] == OK:
             size = 1
-            for s in carray(i64_ptr(first[3]), first[2] & 0xffffffff): size *= s
+            for s in carray(_i64_ptr(first[3]), first[2] & 0xffffffff): size *= s
             code, bits = (first[2] >> 32) & 255, (first[2] >> 40) & 255
             table[t, 1], table[t, 2], table[t, 3] = size, 3 if bits == 16 and code == 2 else 2 if bits == 16 else 1 if bits == 64 else 0, first[1]
 
@@ -296,16 +295,16 @@ def _probe_one(functions, plain, lists, t, addresses, first, other):
     "Describe the tensors at position `t` of all `lists`; the reason why a kernel cannot take them, if there is one"
     describe, item, type_of, forget, clear = functions
     for k in range(len(lists)):
-        info, obj = first if k == 0 else other, call_item(item, lists[k], t)
-        typ = call_type(type_of, obj) if obj else 0
-        if obj: call_forget(forget, typ)
-        if not ((typ == plain[0] or typ == plain[1]) and call_describe(describe, obj, info.ctypes.data) == 0):
-            call_clear(clear)
+        info, obj = first if k == 0 else other, _call_item(item, lists[k], t)
+        typ = _call_type(type_of, obj) if obj else 0
+        if obj: _call_forget(forget, typ)
+        if not ((typ == plain[0] or typ == plain[1]) and _call_describe(describe, obj, info.ctypes.data) == 0):
+            _call_clear(clear)
             return UNREADABLE
         addresses[k] = info[0] + info[5]
         ndim = info[2] & 0xffffffff
         code, bits, lanes = (info[2] >> 32) & 255, (info[2] >> 40) & 255, (info[2] >> 48) & 0xffff
-        shape, strides = carray(i64_ptr(info[3]), ndim), carray(i64_ptr(info[4]), ndim)
+        shape, strides = carray(_i64_ptr(info[3]), ndim), carray(_i64_ptr(info[4]), ndim)
         if info[1] != first[1]: return DEVICE
         if k == 0:
             if lanes != 1 or not ((code == 2 and (bits == 16 or bits == 32 or bits == 64)) or (code == 4 and bits == 16)): return DTYPE
@@ -313,7 +312,7 @@ def _probe_one(functions, plain, lists, t, addresses, first, other):
         else:
             if info[2] >> 32 != first[2] >> 32: return DTYPE
             if ndim != first[2] & 0xffffffff: return SHAPE
-            shape_0, strides_0 = carray(i64_ptr(first[3]), ndim), carray(i64_ptr(first[4]), ndim)
+            shape_0, strides_0 = carray(_i64_ptr(first[3]), ndim), carray(_i64_ptr(first[4]), ndim)
             for d in range(ndim):
                 if shape[d] != shape_0[d]: return SHAPE
                 if strides[d] != strides_0[d] and shape[d] > 1: return STRIDES
