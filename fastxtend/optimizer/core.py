@@ -432,7 +432,7 @@ def entangled(self:FastOptimizer,
     params:list, # Parameters
 ) -> list[int]:
     "`find_entangled`, remembered until an address changes"
-    known, addresses = self._memo.get('entangled'), list(map(Tensor.data_ptr, params))
+    known, addresses = self._memo.get('entangled'), [p.data_ptr() or id(p) for p in params]
     if known is None or known[0] != addresses: known = self._memo['entangled'] = addresses, find_entangled(params)
     return known[1]
 
