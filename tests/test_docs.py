@@ -112,3 +112,14 @@ def test_what_readers_see_of_a_notebook(tmp_path, monkeypatch):
     run, = (o for o in page.cells if o.source == 'hidden*7')
     assert run.outputs[0]['data']['text/plain'] == ['42']
     assert '#| fig-alt: "Times"' in shown[-1]
+
+def test_links_to_names_without_a_heading(tmp_path):
+    "A method leads to its class, what is not described at all to the page, and all others where they led"
+    import docs
+    (tmp_path/'a.html').write_text('<h3 id="adam">Adam</h3><h3 id="adam.step">step</h3>')
+    links = {'a.html#adam.step': 'a.html#adam.step', 'a.html#adam.other': 'a.html#adam', 'a.html#_hidden': 'a.html', 'gone.html#x': 'gone.html#x'}
+    (tmp_path/'b.html').write_text('\n'.join(f'<a href="{o}"><code>name</code></a>' for o in links) + '<a href="a.html#typo">text</a>')
+    docs.mend_links(tmp_path)
+    text = (tmp_path/'b.html').read_text()
+    assert re.findall('href="([^"]+)"><code>', text) == [*links.values()]
+    assert 'a.html#typo' in text, "what people write is for docs_check to find"
