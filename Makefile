@@ -36,8 +36,8 @@ $(ready): settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 sync: setup ## Do modules and README.md agree with the notebooks?
 	@PATH="$(abspath $(bin)):$$PATH" bash .ci/sync
 
-nbtest: setup ## Run the notebooks
-	$(bin)/nbdev-test --n-workers 1 --do-print
+nbtest: setup ## Run the notebooks, each in a process of its own
+	@printf '%s\n' nbs/*.ipynb | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/nbdev-test {} --n-workers 0 --do-print
 
 pytest: setup ## Run the tests; ARGS="-k adam" chooses
 	OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) $(ARGS)

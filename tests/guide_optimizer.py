@@ -9,9 +9,9 @@ from fastxtend.optimizer.core import OPTIMIZERS
 GUIDE = Path(__file__).parent.parent/'nbs/guides.own_optimizer.ipynb'
 
 def code(notebook):
-    "The code cells of a notebook, as one module"
+    "The code cells of a notebook that its readers see, as one module"
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
-    return '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    return '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code' and '#| hide\n' not in c['source'])
 
 def follow(notebook, name='guide'):
     "Run a notebook as the module `name`, from a file: TorchScript reads the source of what it compiles"

@@ -259,9 +259,9 @@ class FastOptimizer(Optimizer):
     def remember(self,
         name:str, # What is remembered
         f:callable, # A function of `lists` that changes nothing
-        *lists:list, # Its arguments, which nobody changes afterwards
+        *lists:list|tuple, # Its arguments, which nobody changes afterwards
     ):
-        "`f(*lists)`, called only if an element of `lists` is not the same object as the last time"
+        "`f(*lists)`, called only if an element of a list is not the same object as the last time, or one of a tuple not equal"
         known = self._memo.get(name)
         if known is None or not all(map(_same, known[0], lists)): known = self._memo[name] = lists, f(*lists)
         return known[1]
@@ -324,7 +324,9 @@ def look(
     res = probe(*batch.tensors()) if compiled() else None
     return None if res is None or (res.reasons != OK).any() else res.table[:, 1:5]
 
-def _same(a, b): return a is b or (len(a) == len(b) and all(map(is_, a, b)))
+def _same(a, b):
+    "Are these the same objects or, in tuples, equal ones?"
+    return a is b or (a == b if isinstance(a, tuple) else len(a) == len(b) and all(map(is_, a, b)))
 
 def distinct(
     *columns:list, # Lists of one length
@@ -384,7 +386,7 @@ def gather(self:FastOptimizer) -> Batch:
         there = [i for i,g in enumerate(grads) if g is not None]
         params, groups, grads = ([xs[i] for i in there] for xs in (params, groups, grads))
     states = self.states_of(params)
-    do_wd = [s.get('do_wd', True) for s in states]
+    do_wd = tuple([s.get('do_wd', True) for s in states])
     first, leads = 0, self.remember('repeats', repeats, params)
     if self.spec.counts_steps and params:
         steps = [s.get('step', 0) for s in states]

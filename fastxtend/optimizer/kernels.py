@@ -82,7 +82,9 @@ NO_GRAPH = ("Only a step that is all kernels can be captured in a CUDA graph: al
 
 SHARDED = 'sharded, and norms of whole parameters are needed, or gradients or state are sharded in another way'
 
-def _capturing(): return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+_has_cuda = lru_cache(None)(torch.cuda.is_available)
+
+def _capturing(): return _has_cuda() and torch.cuda.is_current_stream_capturing()
 
 @dataclass(frozen=True)
 class Kernel:
@@ -133,7 +135,7 @@ class FusedOptimizer(ListOptimizer):
         batch:Batch, # What steps
     ) -> callable:
         "The rule for this step"
-        return self.spec.pick(self.has_mom, beta=any(h.get('beta') for h in self.hypers), sync='slow_weights' in batch.slots)
+        return self.spec.pick(self.has_mom, beta=self.takes_beta and any(h.get('beta') for h in self.hypers), sync='slow_weights' in batch.slots)
 
     def step_batch(self, batch):
         params, res = batch.params, probe(*batch.tensors())
