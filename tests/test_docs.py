@@ -78,6 +78,15 @@ def test_readme_states_the_versions():
     lowest, = re.findall(r'^min_python = (.*)$', settings, re.M)
     assert rows == dict(Python=lowest, PyTorch=bounds['torch'], fastai=bounds['fastai'], Numba=bounds['numba'])
 
+def test_readme_states_what_was_measured():
+    "Each line of its table of times is in a report"
+    reports = '\n'.join((root/'benchmarks'/f'{n}.md').read_text() for n in ('cpu', 'cpu_deberta'))
+    lines = re.findall(r'^\| ([\w-]+) \| [\d.]+ million in \d+ \| (.*) \|$', (root/'README.md').read_text(), re.M)
+    assert len(lines) == 6
+    for model,cells in lines:
+        adam = re.search(rf'### {model}\n.*?\| Adam \| ([^\n]*) \|\n', reports, re.S)[1]
+        assert set(cells.split(' | ')) < set(adam.split(' | '))
+
 def test_docs_requirements_are_pinned():
     pinned = {o.split('==')[0] for o in (root/'constraints.txt').read_text().splitlines()}
     asked, = re.findall(r'^docs_requirements = (.*)$', (root/'settings.ini').read_text(encoding='utf-8'), re.M)
