@@ -324,6 +324,7 @@ def look(
     res = probe(*batch.tensors()) if compiled() else None
     return None if res is None or (res.reasons != OK).any() else res.table[:, 1:5]
 
+# %% ../../nbs/optimizer.core.ipynb #840cfb46
 def _same(a, b):
     "Are these the same objects or, in tuples, equal ones?"
     return a is b or (a == b if isinstance(a, tuple) else len(a) == len(b) and all(map(is_, a, b)))
@@ -346,7 +347,7 @@ def repeats(
         seen[x] += 1
     return res
 
-# %% ../../nbs/optimizer.core.ipynb #b3eb0d03
+# %% ../../nbs/optimizer.core.ipynb #0c7fca87
 NO_SADAM = ("ForEach has no SAdam, and Ranger has it only with `jit=True` or without a flag: "
             "use `RAdam(beta=...)` with `fused=True`, with `jit=True` or with neither")
 
@@ -396,7 +397,7 @@ def gather(self:FastOptimizer) -> Batch:
     rows = [self.row(group, wd, first + lead + 1) for group,wd,lead in keys]
     return Batch(params, grads, states, row_ids, rows, {n: [s.get(n) for s in states] for n in self.slot_names})
 
-# %% ../../nbs/optimizer.core.ipynb #ed93bc73
+# %% ../../nbs/optimizer.core.ipynb #980461e8
 @patch
 def init_slots(self:FastOptimizer,
     batch:Batch, # Parameters about to step
@@ -438,7 +439,7 @@ def entangled(self:FastOptimizer,
     if known is None or known[0] != addresses: known = self._memo['entangled'] = addresses, find_entangled(params)
     return known[1]
 
-# %% ../../nbs/optimizer.core.ipynb #64386460
+# %% ../../nbs/optimizer.core.ipynb #2497534c
 @patch
 def state_dict(self:FastOptimizer) -> dict:
     "State of each parameter and hyperparameters of each group, in plain containers"
@@ -499,7 +500,7 @@ def _sharded_like(p, value):
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)
 
-# %% ../../nbs/optimizer.core.ipynb #5adef21d
+# %% ../../nbs/optimizer.core.ipynb #7a245d7d
 class LookaheadMixin:
     "The slow weights of Lookahead (Zhang et al., 2019) for a `FastOptimizer`"
     def __init__(self, *args,
