@@ -44,6 +44,10 @@ def _number(x, dtype): return torch.tensor(x, dtype=dtype)
 
 LARGE = 2**14 # Elements from which on memory takes longer than a call
 
+def _one_by_one(ts):
+    "Are these large and on a CPU, where a call for each costs less than a further pass over them?"
+    return _on_cpu(ts) and not is_sharded(ts[0]) and sum(map(Tensor.numel, ts)) > len(ts)*LARGE
+
 def _on_cpu(ts): return ts[0].device.type == 'cpu' and ts[0].dtype.itemsize >= 4
 
 def _operand(ts, x):
@@ -82,8 +86,8 @@ def _with_weight_decay(p, g, decay, l2):
     return _with_l2(p, g, l2)
 
 def _add_momentum(grad_avg, g, mom):
-    "Undampened momentum; in one pass where tensors are large and on a CPU, for which ForEach has no function"
-    if _on_cpu(grad_avg) and not is_sharded(grad_avg[0]) and sum(map(Tensor.numel, grad_avg)) > len(grad_avg)*LARGE:
+    "Undampened momentum; there is no ForEach function that does it in one pass"
+    if _one_by_one(grad_avg):
         for i,(avg,x) in enumerate(zip(grad_avg, g)): torch.add(x, avg, alpha=_nth(mom, i), out=avg)
     else:
         _mul_(grad_avg, mom)
@@ -98,6 +102,12 @@ def _root(sqr_avg, eps):
     "`sqrt(sqr_avg) + eps` in new tensors"
     denom = torch._foreach_sqrt(sqr_avg)
     torch._foreach_add_(denom, _operand(denom, eps))
+    return denom
+
+def _divide(x, denom):
+    "`x/denom`, in the memory of `denom` where tensors are large; there is no ForEach function that does that"
+    if not _one_by_one(denom): return torch._foreach_div(x, denom)
+    for a,d in zip(x, denom): torch.div(a, d, out=d)
     return denom
 
 # %% ../../nbs/optimizer.foreach.ipynb #0e42ac0c
@@ -193,9 +203,7 @@ def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:T
     g = _with_weight_decay(p, g, decay, l2)
     _lerp(grad_avg, g, mom, damp)
     _add_square(sqr_avg, g, sqr_mom, sqr_damp)
-    update = _root(sqr_avg, eps)
-    torch._foreach_reciprocal_(update)
-    torch._foreach_mul_(update, grad_avg)
+    update = _divide(grad_avg, _root(sqr_avg, eps))
     update_norm = list(map(whole, torch._foreach_norm(update)))
     _mul_(update_norm, scale)
     local_lr = trust(torch._foreach_norm(p), update_norm)
