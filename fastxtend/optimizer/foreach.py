@@ -239,21 +239,22 @@ def _pieces(ts):
 
 def blocks(
     batch:Batch, # Parameters of one device
-    cut:bool=True, # Cut parameters that are larger than a block?
+    size:float=BLOCK, # Elements of a block, at least one parameter or piece
+    cut:bool=True, # Cut parameters of more than `BLOCK` elements?
 ):
     "Lists of tensors (parameters, gradients, slots), and the parameter each one belongs to"
     tensors, sizes = batch.tensors(), list(map(Tensor.numel, batch.params))
     if batch.params[0].device.type != 'cpu' or sum(sizes) <= BLOCK:
         yield tensors, range(len(batch))
         return
-    block, owners, room = [], [], BLOCK
-    for i,size in enumerate(sizes):
+    block, owners, room = [], [], size
+    for i,numel in enumerate(sizes):
         ts = [o[i] for o in tensors]
-        for piece in (_pieces(ts) if cut and size > BLOCK else [ts]):
+        for piece in (_pieces(ts) if cut and numel > BLOCK else [ts]):
             n = piece[0].numel()
             if n > room and block:
                 yield list(map(list, zip(*block))), owners
-                block, owners, room = [], [], BLOCK
+                block, owners, room = [], [], size
             block.append(piece); owners.append(i); room -= n
     yield list(map(list, zip(*block))), owners
 
@@ -267,6 +268,7 @@ _trust = lru_cache(None)(lambda trust: compile_rule(trust, tensor_env))
 
 class ListOptimizer(FastOptimizer):
     "A `FastOptimizer` that hands lists of tensors to a step function"
+    block = BLOCK # Elements that are passed at a time, on a CPU
     def __init__(self,
         params:Tensor|Iterable, # Model parameters or parameter groups
         opt_step:callable, # Step function, such as `adam_foreach_step`
@@ -281,22 +283,14 @@ class ListOptimizer(FastOptimizer):
 
     def run(self, batch):
         if self.spec.norms is None and is_sharded(batch.params[0]): batch = shards(batch)
-        scalars = {n: batch.scalar(n) for n in rule_args(self.opt_step)[2:] if n not in SLOTS and n != 'trust'}
-        ratios = [r for block in blocks(batch, cut=not self.spec.norms) for r in self.call(batch, scalars, *block) or []]
+        names, ratios = rule_args(self.opt_step)[2:], []
+        scalars = {n: batch.scalar(n) for n in names if n not in (*SLOTS, 'trust')}
+        for (p, g, *slots), owners in blocks(batch, self.block, not self.spec.norms):
+            args = {**dict.fromkeys(SLOTS, []), **dict(zip(batch.slots, slots)), 'trust': partial(self.trust, batch, owners),
+                    **{n: self.scalar_arg(x, owners) for n,x in scalars.items()}}
+            ratios += self.opt_step(p, g, *map(args.get, names)) or []
         if self.spec.ratio_name:
             for state,ratio in zip(batch.states, ratios): state[self.spec.ratio_name] = ratio
-
-    def call(self,
-        batch:Batch, # What steps
-        scalars:dict, # A number for each argument of the step that is no list of tensors, or a list with one for each parameter
-        tensors:tuple, # Parameters, gradients and slots, or pieces of them
-        owners:list, # The parameter that each one is a piece of
-    ):
-        "Call the step function on `tensors`"
-        p, g, *slots = tensors
-        args = {**dict.fromkeys(SLOTS, []), **dict(zip(batch.slots, slots)), 'trust': partial(self.trust, batch, owners),
-                **{n: self.scalar_arg(x, owners) for n,x in scalars.items()}}
-        return self.opt_step(p, g, *(args[n] for n in rule_args(self.opt_step)[2:]))
 
     def trust(self,
         batch:Batch, # What steps

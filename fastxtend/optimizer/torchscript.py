@@ -246,6 +246,7 @@ NO_SHARDS = "TorchScript cannot take norms of sharded parameters (`DTensor`): us
 
 class JitOptimizer(ListOptimizer):
     "An `Optimizer` with a modified step for TorchScript optimizers"
+    block = math.inf # All in one call, which does all operations on one piece before the next
     def __init__(self, params, *args, **kwargs):
         super().__init__(params, *args, **kwargs)
         if self.spec.norms is not None and any(map(is_sharded, concat(*self.param_lists))): raise NotImplementedError(NO_SHARDS)
