@@ -335,6 +335,7 @@ class QHAdamForEachOptimizer(ForEachOptimizer):
 
 class LarcForEachOptimizer(ForEachOptimizer):
     "`ForEachOptimizer` with `larc_foreach_step`"
+    block = math.inf # There are no temporaries, and one wait serves the norms of all parameters
     __init__ = partialmethod(ForEachOptimizer.__init__, opt_step=larc_foreach_step)
 
 class LambForEachOptimizer(ForEachOptimizer):
