@@ -42,13 +42,13 @@ def _only(idxs, *xs):
 @lru_cache(4096)
 def _number(x, dtype): return torch.tensor(x, dtype=dtype)
 
+def _on_cpu(ts): return ts[0].device.type == 'cpu' and ts[0].dtype.itemsize >= 4
+
 LARGE = 2**14 # Elements from which on memory takes longer than a call
 
 def _one_by_one(ts):
     "Are these large and on a CPU, where a call for each costs less than a further pass over them?"
     return _on_cpu(ts) and not is_sharded(ts[0]) and sum(map(Tensor.numel, ts)) > len(ts)*LARGE
-
-def _on_cpu(ts): return ts[0].device.type == 'cpu' and ts[0].dtype.itemsize >= 4
 
 def _operand(ts, x):
     "`x` in the form in which it is added to or multiplied with `ts` fastest"
@@ -204,9 +204,7 @@ def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:T
     _lerp(grad_avg, g, mom, damp)
     _add_square(sqr_avg, g, sqr_mom, sqr_damp)
     update = _divide(grad_avg, _root(sqr_avg, eps))
-    update_norm = list(map(whole, torch._foreach_norm(update)))
-    _mul_(update_norm, scale)
-    local_lr = trust(torch._foreach_norm(p), update_norm)
+    local_lr = trust(torch._foreach_norm(p), torch._foreach_mul(torch._foreach_norm(update), scale))
     _add_scaled(p, update, [-_nth(scale, i)*lr for i,lr in enumerate(local_lr)])
 
 # %% ../../nbs/optimizer.foreach.ipynb #c6fb49c5
@@ -284,22 +282,23 @@ class ListOptimizer(FastOptimizer):
     def run(self, batch):
         if self.spec.norms is None and is_sharded(batch.params[0]): batch = shards(batch)
         names, ratios = rule_args(self.opt_step)[2:], []
-        scalars = {n: batch.scalar(n) for n in names if n not in (*SLOTS, 'trust')}
+        needed = (*names, *rule_args(self.spec.trust)[2:]) if 'trust' in names else names
+        scalars = {n: batch.scalar(n) for n in needed if n not in (*SLOTS, 'trust')}
         for (p, g, *slots), owners in blocks(batch, self.block, not self.spec.norms):
-            args = {**dict.fromkeys(SLOTS, []), **dict(zip(batch.slots, slots)), 'trust': partial(self.trust, batch, owners),
+            args = {**dict.fromkeys(SLOTS, []), **dict(zip(batch.slots, slots)), 'trust': partial(self.trust, scalars, owners),
                     **{n: self.scalar_arg(x, owners) for n,x in scalars.items()}}
             ratios += self.opt_step(p, g, *map(args.get, names)) or []
         if self.spec.ratio_name:
             for state,ratio in zip(batch.states, ratios): state[self.spec.ratio_name] = ratio
 
     def trust(self,
-        batch:Batch, # What steps
+        scalars:dict, # A number for each name, or a list with one for each parameter
         owners:list, # Positions of the parameters
         *norms:list, # Two of each parameter
     ) -> list[float]: # What scales the step of each parameter
         "The trust ratios, or the learning rates that follow from them, by `spec.trust`"
         norms = torch.stack([torch.stack(list(map(whole, n))) for n in norms])
-        args = (self.scalar_arg(batch.scalar(n), owners) for n in rule_args(self.spec.trust)[2:])
+        args = (self.scalar_arg(scalars[n], owners) for n in rule_args(self.spec.trust)[2:])
         return _trust(self.spec.trust)(*norms.square(), *(norms.new_tensor(x) if isinstance(x, list) else x for x in args)).tolist()
 
     def scalar_arg(self,
