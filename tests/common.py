@@ -11,11 +11,11 @@ from fastai.callback.schedule import combined_cos
 from fastcore.all import L, noop
 from torch import Tensor
 
-from fastxtend.optimizer import fused
-from fastxtend.optimizer.core import OPTIMIZERS
-from fastxtend.optimizer.foreach import BLOCK
+from fastxtend.optimizer import all as optimizers
+from fastxtend.optimizer.declare import BACKENDS, helper as make_helper
+from fastxtend.optimizer.lists import BLOCK
+from fastxtend.optimizer.table import OPTIMIZERS, known_slots
 
-BACKENDS = ('foreach', 'jit', 'fused')
 WAYS = ('native', *BACKENDS)
 NAMES = tuple(OPTIMIZERS)
 
@@ -28,9 +28,17 @@ SHAPES = {**SMALL, 'big': (BLOCK//400 + 30, 400)}  # its last block is a partial
 # (In float64, 40 eps are 9e-15.)
 TOLERANCE = dict(native=0, foreach=10, jit=25, fused=40)
 
-def constructor(name): return getattr(fused, name)
+def constructor(name): return OPTIMIZERS[name].constructor
 
-def helper(name): return getattr(fused, name.lower())
+def helper(name): return getattr(optimizers, name.lower(), None) or make_helper(constructor(name))
+
+def ways(name, of=WAYS):
+    "The backends that an optimizer has: `jit` needs a script"
+    return tuple(w for w in of if w != 'jit' or OPTIMIZERS[name].jit is not None)
+
+def slots_of(name, mom=.9): return OPTIMIZERS[name].slots(**(dict(mom=mom) if 'mom' in OPTIMIZERS[name].hypers else {}))
+
+def norms_of(name): return bool(OPTIMIZERS[name].composition().sums)
 
 def flags(way): return {} if way == 'native' else {way: True}
 
@@ -45,7 +53,7 @@ def defaults(name):
 
 def moms(name):
     "The values of `mom` that make a different optimizer: none is as good as any unless it keeps less state"
-    return (0., .9) if OPTIMIZERS[name].rule_no_mom else (.9,)
+    return (0., .9) if slots_of(name, 0.) != slots_of(name) else (.9,)
 
 def make_params(shapes, dtype=torch.float32, seed=0):
     "Leaves of the given shapes, which are values of a dict or a list"

@@ -14,7 +14,7 @@ class Wrong(NamedTuple):
     names:tuple = NAMES # Optimizers it is possible with
     ways:tuple = BACKENDS
 
-WITH_SQR_AVG = tuple(n for n in NAMES if 'sqr_avg' in OPTIMIZERS[n].slots())
+WITH_SQR_AVG = tuple(n for n in NAMES if 'sqr_avg' in slots_of(n))
 COUNTING = tuple(n for n in NAMES if OPTIMIZERS[n].counts_steps)
 LOOKAHEAD = tuple(n for n in NAMES if 'k' in defaults(n))
 

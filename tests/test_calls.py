@@ -57,8 +57,8 @@ def count_reads(opt, warm_up):
     with CountReads() as python: opt.step()
     return python.n + count_step(opt, 0).host_reads
 
-each_elementwise = pytest.mark.parametrize('name', [n for n in NAMES if OPTIMIZERS[n].norms is None])
-each_of_norms = pytest.mark.parametrize('name', [n for n in NAMES if OPTIMIZERS[n].norms is not None])
+each_elementwise = pytest.mark.parametrize('name', [n for n in NAMES if not norms_of(n)])
+each_of_norms = pytest.mark.parametrize('name', [n for n in NAMES if norms_of(n)])
 
 @pytest.mark.parametrize('name', MOST_CALLS)
 @pytest.mark.parametrize('groups', [3, 10])
@@ -100,7 +100,7 @@ def test_fused_calls_nothing(name):
     "A kernel reads and writes memory; PyTorch is not asked for anything, unless to keep the learning rates that Larc reports"
     calls = count_step(start(name, 'fused', 3, 'cpu'), 6).calls
     assert not {k for k in calls if k.startswith('_foreach') or k.endswith('_') or k in HOST_READS}
-    assert sum(calls.values()) <= (4 if OPTIMIZERS[name].ratio_name else 0)
+    assert sum(calls.values()) <= (4 if OPTIMIZERS[name].kept else 0)
 
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('way', BACKENDS)

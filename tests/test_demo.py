@@ -56,7 +56,7 @@ def test_not_a_number_is_noticed():
 
 def test_a_missing_backend_is_left_out(folder, tmp_path, small, monkeypatch, capsys):
     def no_numba(params): raise ImportError("no Numba here")
-    monkeypatch.setattr('fastxtend.optimizer.kernels._check_numba', no_numba)
+    monkeypatch.setattr('fastxtend.optimizer.kernels.check_numba', no_numba)
     run(folder, tmp_path)
     out = capsys.readouterr().out
     assert 'Left out: no Numba here' in out and set(rows(out)) == {'native', 'foreach', 'jit', demo.NUDGED}

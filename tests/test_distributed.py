@@ -6,8 +6,8 @@ from unittest.mock import patch
 import pytest
 from common import *
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
-from fastxtend.optimizer import kernels
-from fastxtend.optimizer.kernels import SHARDED
+from fastxtend.optimizer import plan
+from fastxtend.optimizer.plan import SHARDED
 from torch import distributed as dist, nn
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")]
@@ -150,12 +150,12 @@ def check_report(opt, way, sharded):
     "Kernels step the shards, unless norms are needed"
     if way != 'fused': return
     for ran,is_sharded in zip(opt.backend_report(), sharded):
-        assert (ran.backend, ran.reason) == (('foreach', SHARDED) if is_sharded and opt.spec.norms else ('numba', '')), ran
+        assert (ran.backend, ran.reason) == (('foreach', SHARDED) if is_sharded and opt.composition().sums else ('numba', '')), ran
 
 def fsdp(name, way, make=net, steps=STEPS):
     "Each process resumes from its own file, and from the state of training alone"
     model = shard(make())
-    if way == 'jit' and OPTIMIZERS[name].norms:
+    if way == 'jit' and norms_of(name):
         with pytest.raises(NotImplementedError, match='foreach=True'): optimizer(name, way, model)
         return 'is refused'
     opt = optimizer(name, way, model)
@@ -181,7 +181,7 @@ def wide(name, way): return fsdp(name, way, wide_net, steps=4)
 
 def partly(name, way):
     "Only the first layer is sharded; the others see the whole batch of both"
-    if way == 'jit' and OPTIMIZERS[name].norms: return 'is refused'
+    if way == 'jit' and norms_of(name): return 'is refused'
     model = shard(net(), slice(1))
     opt = optimizer(name, way, model)
     train_on(model, opt, batches(), part=noop)
@@ -195,7 +195,7 @@ def twice(name, way):
         opt = build(name, [params[:2], [params[0], params[4], *params[2:]]], way, lr=slice(1e-3, 1e-2))
         train_on(model, opt, batches()[:4], part)
         return weights(model)
-    if way == 'jit' and OPTIMIZERS[name].norms: return 'is refused'
+    if way == 'jit' and norms_of(name): return 'is refused'
     return check_close(trained(net(), 'native', noop), trained(shard(net()), way))
 
 def interpreted(name, way):
@@ -203,11 +203,11 @@ def interpreted(name, way):
     if way != 'fused': return 'has no kernel'
     model = shard(net())
     opt = optimizer(name, way, model)
-    with patch.dict(kernels.ENGINES, {1: 'cuda'}):
-        kernels.engine.cache_clear()
+    with patch.dict(plan.ENGINES, {1: 'cuda'}):
+        plan.kernels_for.cache_clear()
         train_on(model, opt, batches()[:2])
         assert set(opt.backend_report().attrgot('backend')) == {'triton'}
-    kernels.engine.cache_clear()
+    plan.kernels_for.cache_clear()
     return check_close(weights(alone(name, net, 2)[0]), weights(model))
 
 TASKS = {f.__name__: f for f in (ddp, distrib_ctx, fsdp, wide, partly, twice, interpreted)}

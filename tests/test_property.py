@@ -5,7 +5,6 @@ import os
 from dataclasses import dataclass
 
 from common import *
-from fastxtend.optimizer.rules import rule_args
 from hypothesis import HealthCheck, event, given, settings, strategies as st
 
 GUARD, ROOM = -77., 19  # an odd number of elements, so that data is not aligned to more than an element
@@ -92,7 +91,7 @@ def greatest(t): return float(t.detach().abs().max()) if t.numel() else 0.
 def added(opt, p, g, mom, wd, sqr_mom=0., **_):
     "What a step adds to the averages at most: a sum with L2 regularization may cancel"
     c = greatest(g) + (0. if opt.decouple_wd else wd*greatest(p))
-    return dict(grad_avg=c*(1-mom if 'damp' in rule_args(opt.spec.rule) else 1), sqr_avg=c**2*(1-sqr_mom))
+    return dict(grad_avg=c*(1-mom if 'damp' in opt.spec.composition().row else 1), sqr_avg=c**2*(1-sqr_mom))
 
 class Native:
     "fastai's own optimizer, in float32 or float64 and rounded to the dtype once a step"

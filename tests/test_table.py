@@ -72,7 +72,7 @@ def test_the_rows_slots(name):
         opt = build(name, params, mom=mom)
         train(opt, params, make_grads(tuple(SMALL.values()), steps=1))
         kept = set(opt.state[params[0]]) - {'step', 'local_lr'}
-        assert kept == set(OPTIMIZERS[name].slots(mom != 0.))
+        assert kept == set(OPTIMIZERS[name].slots(mom=mom))
         assert ('step' in opt.state[params[0]]) == OPTIMIZERS[name].counts_steps
 
 @pytest.mark.parametrize('name', PUBLISHED)

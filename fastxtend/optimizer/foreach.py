@@ -6,22 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial, partialmethod
+from functools import cached_property, partialmethod
 
 import torch
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .core import NO_SADAM, OPTIMIZERS, Batch, FastOptimizer, LookaheadMixin, is_sharded, spec_of
-from .probe import is_dense
-from .rules import SLOTS, compile_rule, rule_args
+from .core import FastOptimizer, LookaheadMixin
+from .lists import BLOCK, ListEngine, norms, number_tensor, on_cpu, one_by_one, operand
+from .table import OptimizerSpec, spec_of, unwrapped
 
 # %% auto #0
-__all__ = ['TensorList', 'Scalars', 'Trust', 'LARGE', 'tensor_env', 'BLOCK', 'sgd_foreach_step', 'rmsprop_foreach_step',
-           'adam_foreach_step', 'radam_foreach_step', 'ranger_foreach_step', 'qhadam_foreach_step', 'larc_foreach_step',
-           'lamb_foreach_step', 'whole', 'shards', 'blocks', 'ListOptimizer', 'ForEachOptimizer', 'SGDForEachOptimizer',
-           'RMSPropForEachOptimizer', 'AdamForEachOptimizer', 'RAdamForEachOptimizer', 'QHAdamForEachOptimizer',
-           'LarcForEachOptimizer', 'LambForEachOptimizer', 'RangerForEachOptimizer']
+__all__ = ['TensorList', 'Scalars', 'Trust', 'sgd_foreach_step', 'rmsprop_foreach_step', 'adam_foreach_step',
+           'radam_foreach_step', 'ranger_foreach_step', 'qhadam_foreach_step', 'larc_foreach_step', 'lamb_foreach_step',
+           'with_names', 'ForEachOptimizer', 'SGDForEachOptimizer', 'RMSPropForEachOptimizer', 'AdamForEachOptimizer',
+           'RAdamForEachOptimizer', 'QHAdamForEachOptimizer', 'LarcForEachOptimizer', 'LambForEachOptimizer',
+           'RangerForEachOptimizer']
 
 # %% ../../nbs/optimizer.foreach.ipynb #cc472682
 TensorList = list[Tensor]
@@ -38,33 +38,15 @@ def _only(idxs, *xs):
     "Those at `idxs` of each list (and a number as it is)"
     return [[x[i] for i in idxs] if isinstance(x, list) else x for x in xs]
 
-# %% ../../nbs/optimizer.foreach.ipynb #f59db2bc
-@lru_cache(4096)
-def _number(x, dtype): return torch.tensor(x, dtype=dtype)
-
-def _on_cpu(ts): return ts[0].device.type == 'cpu' and ts[0].dtype.itemsize >= 4
-
-LARGE = 2**14 # Elements from which on memory takes longer than a call
-
-def _one_by_one(ts):
-    "Are these large and on a CPU, where a call for each costs less than a further pass over them?"
-    return _on_cpu(ts) and not is_sharded(ts[0]) and sum(map(Tensor.numel, ts)) > len(ts)*LARGE
-
-def _operand(ts, x):
-    "`x` in the form in which it is added to or multiplied with `ts` fastest"
-    if not _on_cpu(ts): return x
-    dtype = ts[0].dtype
-    return [_number(o, dtype) for o in x] if isinstance(x, list) else [_number(x, dtype)]*len(ts)
-
-def _mul_(ts, x): torch._foreach_mul_(ts, _operand(ts, x))
+# %% ../../nbs/optimizer.foreach.ipynb #b853e9be
+def _mul_(ts, x): torch._foreach_mul_(ts, operand(ts, x))
 
 def _add_scaled(p, x, scale):
     "Add `scale*x` to `p`"
     if not isinstance(scale, list): torch._foreach_add_(p, x, alpha=scale)
-    elif _on_cpu(p): torch._foreach_addcmul_(p, x, _operand(p, 1.), scale)
+    elif on_cpu(p): torch._foreach_addcmul_(p, x, operand(p, 1.), scale)
     else: torch._foreach_add_(p, torch._foreach_mul(x, scale))
 
-# %% ../../nbs/optimizer.foreach.ipynb #b853e9be
 def _decay(p, decay):
     "True weight decay in place"
     if not _all(decay, 1.): _mul_(p, decay)
@@ -74,7 +56,7 @@ def _with_l2(p, g, l2):
     idxs = [i for i in range(len(p)) if _nth(l2, i)]
     if not idxs: return g
     p_, l2_, g_ = _only(idxs, p, l2, g)
-    decayed = list(torch._foreach_mul(p_, _operand(p_, l2_)))
+    decayed = list(torch._foreach_mul(p_, operand(p_, l2_)))
     torch._foreach_add_(decayed, g_)
     g = list(g)
     for i,d in zip(idxs, decayed): g[i] = d
@@ -87,7 +69,7 @@ def _with_weight_decay(p, g, decay, l2):
 
 def _add_momentum(grad_avg, g, mom):
     "Undampened momentum; there is no ForEach function that does it in one pass"
-    if _one_by_one(grad_avg):
+    if one_by_one(grad_avg):
         for i,(avg,x) in enumerate(zip(grad_avg, g)): torch.add(x, avg, alpha=_nth(mom, i), out=avg)
     else:
         _mul_(grad_avg, mom)
@@ -101,12 +83,12 @@ def _add_square(sqr_avg, g, sqr_mom, sqr_damp):
 def _root(sqr_avg, eps):
     "`sqrt(sqr_avg) + eps` in new tensors"
     denom = torch._foreach_sqrt(sqr_avg)
-    torch._foreach_add_(denom, _operand(denom, eps))
+    torch._foreach_add_(denom, operand(denom, eps))
     return denom
 
 def _divide(x, denom):
     "`x/denom`, in the memory of `denom` where tensors are large; there is no ForEach function that does that"
-    if not _one_by_one(denom): return torch._foreach_div(x, denom)
+    if not one_by_one(denom): return torch._foreach_div(x, denom)
     for a,d in zip(x, denom): torch.div(a, d, out=d)
     return denom
 
@@ -174,26 +156,20 @@ def qhadam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg
     g = _with_weight_decay(p, g, decay, l2)
     _lerp(grad_avg, g, mom, damp)
     _add_square(sqr_avg, g, sqr_mom, sqr_damp)
-    num = torch._foreach_mul(grad_avg, _operand(grad_avg, avg_coef))
+    num = torch._foreach_mul(grad_avg, operand(grad_avg, avg_coef))
     _add_scaled(num, g, g_coef)
-    denom = torch._foreach_mul(sqr_avg, _operand(sqr_avg, sqr_avg_coef))
+    denom = torch._foreach_mul(sqr_avg, operand(sqr_avg, sqr_avg_coef))
     if not _all(sqr_g_coef, 0.): torch._foreach_addcmul_(denom, g, g, sqr_g_coef)
     torch._foreach_sqrt_(denom)
-    torch._foreach_add_(denom, _operand(denom, eps))
+    torch._foreach_add_(denom, operand(denom, eps))
     torch._foreach_addcdiv_(p, num, denom, -1.)
 
 # %% ../../nbs/optimizer.foreach.ipynb #b5315789
-def _where(flag, a, b):
-    if not isinstance(flag, Tensor): return a if flag else b
-    return torch.where(flag != 0, a, b)
-
-tensor_env = dict(sqrt=torch.sqrt, exp=torch.exp, log=torch.log, where=_where)
-
 def larc_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, decay:Scalars, l2:Scalars, mom:Scalars,
                       trust:Trust) -> list[float]: # The learning rate of each parameter
     "LARC or LARS (You et al., 2017), with momentum if there is a `grad_avg`"
     g = _with_weight_decay(p, g, decay, l2)
-    local_lr = trust(torch._foreach_norm(p), torch._foreach_norm(g))
+    local_lr = trust(norms(p), norms(g))
     sgd_foreach_step(p, g, grad_avg, 1., 0., mom, local_lr)
     return local_lr
 
@@ -204,113 +180,32 @@ def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:T
     _lerp(grad_avg, g, mom, damp)
     _add_square(sqr_avg, g, sqr_mom, sqr_damp)
     update = _divide(grad_avg, _root(sqr_avg, eps))
-    local_lr = trust(torch._foreach_norm(p), torch._foreach_mul(torch._foreach_norm(update), scale))
+    local_lr = trust(norms(p), torch._foreach_mul(norms(update), scale))
     _add_scaled(p, update, [-_nth(scale, i)*lr for i,lr in enumerate(local_lr)])
 
-# %% ../../nbs/optimizer.foreach.ipynb #c6fb49c5
-BLOCK = 2**20
+# %% ../../nbs/optimizer.foreach.ipynb #293ea026
+def with_names(
+    step:Callable, # A step function
+    known:Callable, # The step function of an optimizer, or a `partial` of it that translates names
+) -> Callable:
+    "`known` if it is the same function, else `step`"
+    return known if step is not None and known is not None and unwrapped(known) is step else step
 
-def whole(
-    t:Tensor, # Any tensor
-) -> Tensor:
-    "`t`, reduced across all processes if it is a `DTensor`"
-    return t.full_tensor() if is_sharded(t) else t
-
-def _split_alike(tensors):
-    "Are these no `DTensor`s, or is the shard of each what belongs to the shards of the others?"
-    splits = {(t.device_mesh, t.placements) if is_sharded(t) else (None, ()) for t in tensors}
-    return len(splits) == 1 and not any(o.is_partial() for _,placements in splits for o in placements)
-
-def shards(
-    batch:Batch, # Parameters for a step without norms
-) -> Batch:
-    "`batch` with what this process has of `DTensor`s in their place, or as it is if gradients or slots are not split like their parameter"
-    if not all(map(_split_alike, zip(*batch.tensors()))): return batch
-    params, grads, *slots = ([t.to_local() if is_sharded(t) else t for t in ts] for ts in batch.tensors())
-    return Batch(params, grads, batch.states, batch.row_ids, batch.rows, dict(zip(batch.slots, slots)))
-
-def _pieces(ts):
-    "Flat pieces of at most `BLOCK` elements of tensors that have the same dense layout, or the tensors if they do not"
-    p = ts[0]
-    if is_sharded(p) or not is_dense(p) or any(t.stride() != p.stride() for t in ts): return [ts]
-    return zip(*(t.as_strided((t.numel(),), (1,)).split(BLOCK) for t in ts))
-
-def blocks(
-    batch:Batch, # Parameters of one device
-    size:float=BLOCK, # Elements of a block, at least one parameter or piece
-    cut:bool=True, # Cut parameters of more than `BLOCK` elements?
-):
-    "Lists of tensors (parameters, gradients, slots), and the parameter each one belongs to"
-    tensors, sizes = batch.tensors(), list(map(Tensor.numel, batch.params))
-    if batch.params[0].device.type != 'cpu' or sum(sizes) <= BLOCK:
-        yield tensors, range(len(batch))
-        return
-    block, owners, room = [], [], size
-    for i,numel in enumerate(sizes):
-        ts = [o[i] for o in tensors]
-        for piece in (_pieces(ts) if cut and numel > BLOCK else [ts]):
-            n = piece[0].numel()
-            if n > room and block:
-                yield list(map(list, zip(*block))), owners
-                block, owners, room = [], [], size
-            block.append(piece); owners.append(i); room -= n
-    yield list(map(list, zip(*block))), owners
-
-# %% ../../nbs/optimizer.foreach.ipynb #69e9ff80
-for _name,_step in dict(SGD=sgd_foreach_step, RMSProp=rmsprop_foreach_step, Adam=adam_foreach_step, RAdam=radam_foreach_step,
-                        QHAdam=qhadam_foreach_step, Larc=larc_foreach_step, Lamb=lamb_foreach_step,
-                        Ranger=ranger_foreach_step).items(): OPTIMIZERS[_name].steps['foreach'] = _step
-
-# %% ../../nbs/optimizer.foreach.ipynb #0977bd2a
-_trust = lru_cache(None)(lambda trust: compile_rule(trust, tensor_env))
-
-class ListOptimizer(FastOptimizer):
-    "A `FastOptimizer` that hands lists of tensors to a step function"
+class ForEachOptimizer(FastOptimizer):
+    "A fastai optimizer that runs a step function on `torch._foreach_*`"
     block = BLOCK # Elements that are passed at a time, on a CPU
     def __init__(self,
         params:Tensor|Iterable, # Model parameters or parameter groups
-        opt_step:callable, # Step function, such as `adam_foreach_step`
+        opt_step:Callable=None, # Step function, such as `adam_foreach_step`; without one, the steppers of `spec` on lists of tensors
         decouple_wd:bool=False, # Use decoupled weight decay or L2 regularization
+        spec:OptimizerSpec=None, # Entry of the optimizer in `OPTIMIZERS`, if it is not known by its step
         **defaults, # Hyperparameters
     ):
-        super().__init__(params, spec_of(opt_step), decouple_wd, **defaults)
+        super().__init__(params, spec or spec_of(opt_step), decouple_wd, **defaults)
         self.opt_step = opt_step
 
-    @property
-    def takes_beta(self): return 'beta' in rule_args(self.opt_step)
-
-    def run(self, batch):
-        if self.spec.norms is None and is_sharded(batch.params[0]): batch = shards(batch)
-        names, ratios = rule_args(self.opt_step)[2:], []
-        needed = (*names, *rule_args(self.spec.trust)[2:]) if 'trust' in names else names
-        scalars = {n: batch.scalar(n) for n in needed if n not in (*SLOTS, 'trust')}
-        for (p, g, *slots), owners in blocks(batch, self.block, not self.spec.norms):
-            args = {**dict.fromkeys(SLOTS, []), **dict(zip(batch.slots, slots)), 'trust': partial(self.trust, scalars, owners),
-                    **{n: self.scalar_arg(x, owners) for n,x in scalars.items()}}
-            ratios += self.opt_step(p, g, *map(args.get, names)) or []
-        if self.spec.ratio_name:
-            for state,ratio in zip(batch.states, ratios): state[self.spec.ratio_name] = ratio
-
-    def trust(self,
-        scalars:dict, # A number for each name, or a list with one for each parameter
-        owners:list, # Positions of the parameters
-        *norms:list, # Two of each parameter
-    ) -> list[float]: # What scales the step of each parameter
-        "The trust ratios, or the learning rates that follow from them, by `spec.trust`"
-        norms = torch.stack([torch.stack(list(map(whole, n))) for n in norms])
-        args = (self.scalar_arg(scalars[n], owners) for n in rule_args(self.spec.trust)[2:])
-        return _trust(self.spec.trust)(*norms.square(), *(norms.new_tensor(x) if isinstance(x, list) else x for x in args)).tolist()
-
-    def scalar_arg(self,
-        value:float|list, # A number, or one for each parameter
-        owners, # The parameter that each tensor is a piece of
-    ) -> float|list:
-        "A scalar as the step function takes it"
-        return [value[i] for i in owners] if isinstance(value, list) else value
-
-# %% ../../nbs/optimizer.foreach.ipynb #70b23188
-class ForEachOptimizer(ListOptimizer):
-    "A fastai optimizer that runs a step function on `torch._foreach_*`"
+    @cached_property
+    def engine(self): return ListEngine(with_names(self.opt_step, self.spec.foreach), block=self.block)
 
 class SGDForEachOptimizer(ForEachOptimizer):
     "`ForEachOptimizer` with `sgd_foreach_step`"
@@ -325,7 +220,7 @@ class AdamForEachOptimizer(ForEachOptimizer):
     __init__ = partialmethod(ForEachOptimizer.__init__, opt_step=adam_foreach_step)
 
 class RAdamForEachOptimizer(ForEachOptimizer):
-    "`ForEachOptimizer` with `radam_foreach_step`, which has no SAdam"
+    "`ForEachOptimizer` with `radam_foreach_step`"
     __init__ = partialmethod(ForEachOptimizer.__init__, opt_step=radam_foreach_step)
 
 class QHAdamForEachOptimizer(ForEachOptimizer):

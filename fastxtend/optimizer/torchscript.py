@@ -5,7 +5,9 @@
 # %% ../../nbs/optimizer.torchscript.ipynb #45582672
 from __future__ import annotations
 
-import warnings
+import math, warnings
+from collections.abc import Callable
+from functools import cached_property
 from typing import List
 
 import torch
@@ -13,11 +15,14 @@ import torch.nn.functional as F
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .core import OPTIMIZERS, LookaheadMixin, is_sharded
-from .foreach import ListOptimizer
+from .core import FastOptimizer, LookaheadMixin
+from .foreach import with_names
+from .lists import ListEngine
+from .probe import is_sharded
+from .table import spec_of, unwrapped
 
 # %% auto #0
-__all__ = ['JIT_STEPS', 'NO_SHARDS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'root',
+__all__ = ['NO_SHARDS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'root', 'norm',
            'moments_', 'sgd_jit_step', 'rmsprop_jit_step', 'adam_jit_step', 'radam_jit_step', 'ranger_jit_step',
            'qhadam_jit_step', 'larc_jit_step', 'lamb_jit_step', 'JitOptimizer', 'JitLookahead']
 
@@ -66,6 +71,11 @@ def root(sqr_avg:Tensor, eps:float, one:Tensor) -> Tensor:
     return sqr_avg.sqrt().add_(one, alpha=eps)
 
 @script
+def norm(t:Tensor) -> Tensor:
+    "The norm of a tensor, in float32 at least"
+    return t.float().norm() if t.element_size() < 4 else t.norm()
+
+@script
 def moments_(g:Tensor, grad_avg:Tensor, sqr_avg:Tensor, damp:float, sqr_mom:float, sqr_damp:float):
     "Exponential moving averages of `g` and of its square, in place"
     grad_avg.lerp_(g, damp)
@@ -78,16 +88,8 @@ def sgd_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], decay:Li
     "SGD, with momentum if there is a `grad_avg`"
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        if p[i].is_cuda:
-            if len(grad_avg) > 0:
-                avg = mom[i]*grad_avg[i] + grad
-                param = decay[i]*p[i] - lr[i]*avg
-                grad_avg[i].copy_(avg)
-                p[i].copy_(param)
-            else: p[i].copy_(decay[i]*p[i] - lr[i]*grad)
-        else:
-            if len(grad_avg) > 0: grad = add_momentum_(grad_avg[i], grad, mom[i])
-            weight_decay_(p[i], decay[i]).add_(grad, alpha=-lr[i])
+        if len(grad_avg) > 0: grad = add_momentum_(grad_avg[i], grad, mom[i])
+        weight_decay_(p[i], decay[i]).add_(grad, alpha=-lr[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #af4df564
 @script
@@ -97,19 +99,9 @@ def rmsprop_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_
     one = torch.ones([])
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        if p[i].is_cuda:
-            sqr = sqr_mom[i]*sqr_avg[i] + sqr_damp[i]*grad*grad
-            if len(grad_avg) > 0:
-                avg = mom[i]*grad_avg[i] + grad
-                param = decay[i]*p[i] - lr[i]*avg/(sqr.sqrt() + eps[i])
-                grad_avg[i].copy_(avg)
-            else: param = decay[i]*p[i] - lr[i]*grad/(sqr.sqrt() + eps[i])
-            sqr_avg[i].copy_(sqr)
-            p[i].copy_(param)
-        else:
-            add_square_(sqr_avg[i], grad, sqr_mom[i], sqr_damp[i])
-            if len(grad_avg) > 0: grad = add_momentum_(grad_avg[i], grad, mom[i])
-            weight_decay_(p[i], decay[i]).addcdiv_(grad, root(sqr_avg[i], eps[i], one), value=-lr[i])
+        add_square_(sqr_avg[i], grad, sqr_mom[i], sqr_damp[i])
+        if len(grad_avg) > 0: grad = add_momentum_(grad_avg[i], grad, mom[i])
+        weight_decay_(p[i], decay[i]).addcdiv_(grad, root(sqr_avg[i], eps[i], one), value=-lr[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #3d0f8b41
 @script
@@ -119,16 +111,8 @@ def adam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
     one = torch.ones([])
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        if p[i].is_cuda:
-            avg = mom[i]*grad_avg[i] + damp[i]*grad
-            sqr = sqr_mom[i]*sqr_avg[i] + sqr_damp[i]*grad*grad
-            param = decay[i]*p[i] - step_size[i]*avg/(sqr.sqrt() + eps[i])
-            grad_avg[i].copy_(avg)
-            sqr_avg[i].copy_(sqr)
-            p[i].copy_(param)
-        else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
-            weight_decay_(p[i], decay[i]).addcdiv_(grad_avg[i], root(sqr_avg[i], eps[i], one), value=-step_size[i])
+        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+        weight_decay_(p[i], decay[i]).addcdiv_(grad_avg[i], root(sqr_avg[i], eps[i], one), value=-step_size[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #06851423
 @script
@@ -139,24 +123,14 @@ def radam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_av
     one = torch.ones([])
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        if p[i].is_cuda:
-            avg = mom[i]*grad_avg[i] + damp[i]*grad
-            sqr = sqr_mom[i]*sqr_avg[i] + sqr_damp[i]*grad*grad
-            if rectified[i] == 0.: param = decay[i]*p[i] - step_size[i]*avg
-            elif beta[i] == 0.: param = decay[i]*p[i] - step_size[i]*avg/(sqr.sqrt() + eps[i])
-            else: param = decay[i]*p[i] - step_size[i]*avg/F.softplus(sqr_scale[i]*sqr.sqrt() + eps[i], beta[i])
-            grad_avg[i].copy_(avg)
-            sqr_avg[i].copy_(sqr)
-            p[i].copy_(param)
+        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+        weight_decay_(p[i], decay[i])
+        if rectified[i] == 0.: p[i].add_(grad_avg[i], alpha=-step_size[i])
         else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
-            weight_decay_(p[i], decay[i])
-            if rectified[i] == 0.: p[i].add_(grad_avg[i], alpha=-step_size[i])
-            else:
-                denom = sqr_avg[i].sqrt()
-                if beta[i] == 0.: denom.add_(one, alpha=eps[i])
-                else: denom = F.softplus(denom.mul_(sqr_scale[i]).add_(eps[i]), beta[i])
-                p[i].addcdiv_(grad_avg[i], denom, value=-step_size[i])
+            denom = sqr_avg[i].sqrt()
+            if beta[i] == 0.: denom.add_(one, alpha=eps[i])
+            else: denom = F.softplus(denom.mul_(sqr_scale[i]).add_(eps[i]), beta[i])
+            p[i].addcdiv_(grad_avg[i], denom, value=-step_size[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #655e8b07
 @script
@@ -177,21 +151,12 @@ def qhadam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_a
     one = torch.ones([])
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        if p[i].is_cuda:
-            avg = mom[i]*grad_avg[i] + damp[i]*grad
-            sqr = sqr_mom[i]*sqr_avg[i] + sqr_damp[i]*grad*grad
-            denom = (sqr_g_coef[i]*grad*grad + sqr_avg_coef[i]*sqr).sqrt() + eps[i]
-            param = decay[i]*p[i] - (g_coef[i]*grad + avg_coef[i]*avg)/denom
-            grad_avg[i].copy_(avg)
-            sqr_avg[i].copy_(sqr)
-            p[i].copy_(param)
-        else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
-            denom = sqr_avg[i].mul(sqr_avg_coef[i])
-            if sqr_g_coef[i] != 0.: denom.addcmul_(grad, grad, value=sqr_g_coef[i])
-            denom.sqrt_().add_(one, alpha=eps[i])
-            num = grad_avg[i].mul(avg_coef[i]).add_(grad, alpha=g_coef[i])
-            weight_decay_(p[i], decay[i]).addcdiv_(num, denom, value=-1.)
+        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+        denom = sqr_avg[i].mul(sqr_avg_coef[i])
+        if sqr_g_coef[i] != 0.: denom.addcmul_(grad, grad, value=sqr_g_coef[i])
+        denom.sqrt_().add_(one, alpha=eps[i])
+        num = grad_avg[i].mul(avg_coef[i]).add_(grad, alpha=g_coef[i])
+        weight_decay_(p[i], decay[i]).addcdiv_(num, denom, value=-1.)
 
 # %% ../../nbs/optimizer.torchscript.ipynb #6bf38724
 @script
@@ -201,11 +166,11 @@ def larc_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], decay:L
     norms: List[Tensor] = []
     for i in range(len(p)):
         weight_decay_(p[i], decay[i])
-        norms += [p[i].norm(), l2_reg(p[i], g[i], l2[i]).norm()]
-    norm: List[float] = torch.stack(norms).double().tolist()
+        norms += [norm(p[i]), norm(l2_reg(p[i], g[i], l2[i]))]
+    found: List[float] = torch.stack(norms).double().tolist()
     local_lr: List[float] = []
     for i in range(len(p)):
-        layer_lr = lr[i]*trust_coeff[i]*norm[2*i]/(norm[2*i+1] + norm[2*i]*wd[i] + eps[i])
+        layer_lr = lr[i]*trust_coeff[i]*found[2*i]/(found[2*i+1] + found[2*i]*wd[i] + eps[i])
         local_lr.append(min(layer_lr, lr[i]) if clip[i] != 0. else layer_lr)
     sgd_jit_step(p, g, grad_avg, [1.]*len(p), l2, mom, local_lr)
     return local_lr
@@ -218,51 +183,43 @@ def lamb_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
     one = torch.ones([])
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        if p[i].is_cuda:
-            avg = mom[i]*grad_avg[i] + damp[i]*grad
-            sqr = sqr_mom[i]*sqr_avg[i] + sqr_damp[i]*grad*grad
-            param = decay[i]*p[i]
-            update = scale[i]*avg/(sqr.sqrt() + eps[i])
-            grad_avg[i].copy_(avg)
-            sqr_avg[i].copy_(sqr)
-            p_norm, u_norm = param.norm(), update.norm()
-            ratio = torch.where((p_norm == 0) | (u_norm == 0), torch.ones_like(p_norm), (p_norm/u_norm).clamp(max=max_ratio[i]))
-            p[i].copy_(param - lr[i]*ratio*update)
-        else:
-            moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
-            update = root(sqr_avg[i], eps[i], one)
-            torch.div(grad_avg[i], update, out=update)
-            p_norm, u_norm = float(weight_decay_(p[i], decay[i]).norm()), scale[i]*float(update.norm())
-            ratio = 1.
-            if p_norm != 0. and u_norm != 0.: ratio = max_ratio[i] if p_norm/u_norm > max_ratio[i] else p_norm/u_norm
-            p[i].add_(update, alpha=-lr[i]*ratio*scale[i])
+        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+        update = root(sqr_avg[i], eps[i], one)
+        torch.div(grad_avg[i], update, out=update)
+        p_norm, u_norm = float(norm(weight_decay_(p[i], decay[i]))), scale[i]*float(norm(update))
+        ratio = 1.
+        if p_norm != 0. and u_norm != 0.: ratio = max_ratio[i] if p_norm/u_norm > max_ratio[i] else p_norm/u_norm
+        p[i].add_(update, alpha=-lr[i]*ratio*scale[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #c32eaca6
-JIT_STEPS = dict(SGD=sgd_jit_step, RMSProp=rmsprop_jit_step, Adam=adam_jit_step, RAdam=radam_jit_step, QHAdam=qhadam_jit_step,
-                 Larc=larc_jit_step, Lamb=lamb_jit_step, Ranger=ranger_jit_step)
-for _name,_step in JIT_STEPS.items(): OPTIMIZERS[_name].steps['jit'] = _step
-
 NO_SHARDS = "TorchScript cannot take norms of sharded parameters (`DTensor`): use `foreach=True` or `fused=True`"
 
-class JitOptimizer(ListOptimizer):
+class JitOptimizer(FastOptimizer):
     "An `Optimizer` with a modified step for TorchScript optimizers"
-    block = math.inf # All in one call, which does all operations on one piece before the next
-    def __init__(self, params, *args, **kwargs):
-        super().__init__(params, *args, **kwargs)
-        if self.spec.norms is not None and any(map(is_sharded, concat(*self.param_lists))): raise NotImplementedError(NO_SHARDS)
+    def __init__(self,
+        params:Tensor|Iterable, # Model parameters or parameter groups
+        opt_step:Callable, # Scripted step function, such as `adam_jit_step`
+        decouple_wd:bool=False, # Use decoupled weight decay or L2 regularization
+        **defaults, # Hyperparameters
+    ):
+        super().__init__(params, spec_of(opt_step), decouple_wd, **defaults)
+        self.opt_step = opt_step
+        if self.composition().sums and any(map(is_sharded, concat(*self.param_lists))): raise NotImplementedError(NO_SHARDS)
 
-    def scalar_arg(self, value, owners):
-        return [float(value[i]) for i in owners] if isinstance(value, list) else [float(value)]*len(owners)
+    @cached_property
+    def engine(self):
+        "All in one call, which does all operations on one piece before the next"
+        return ListEngine(with_names(self.opt_step, self.spec.jit), 'jit', math.inf, lists=False)
 
     def __getstate__(self):
         "Scripted functions cannot be pickled, but those of this module can be found again by the name of their optimizer"
         state = super().__getstate__()
-        if self.opt_step is self.spec.steps.get('jit'): del state['opt_step']
+        if self.spec.jit is not None and self.opt_step is unwrapped(self.spec.jit): del state['opt_step']
         return state
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.opt_step = state.get('opt_step') or OPTIMIZERS[self.spec.name].steps['jit']
+        self.opt_step = state.get('opt_step') or unwrapped(self.spec.jit)
 
 class JitLookahead(LookaheadMixin, JitOptimizer):
     "A `JitOptimizer` with a modified step for Lookahead TorchScript optimizers"
