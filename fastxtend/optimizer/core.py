@@ -90,10 +90,10 @@ class Layout:
         self.keys = [(*k[:3], *c) for k,c in zip(self.keys, zip(*counts))] if counts else self.keys
         return new
 
-# %% ../../nbs/optimizer.core.ipynb #bc5fb94a
+# %% ../../nbs/optimizer.core.ipynb #045b34ba
 class FastOptimizer(Optimizer):
     "A fastai `Optimizer` that steps all groups together"
-    _transient = '_layout', '_plans', '_compositions'
+    _transient = '_layout', '_plans', '_compositions', '_ran', 'engine'
     def __init__(self,
         params:Tensor|Iterable, # Model parameters or parameter groups
         spec:OptimizerSpec, # What to run
@@ -111,7 +111,7 @@ class FastOptimizer(Optimizer):
 
     def forget(self):
         "What can be found again: compositions, layout and plans"
-        self._layout, self._plans, self._compositions = None, {}, {}
+        self._layout, self._plans, self._compositions, self._ran = None, {}, {}, None
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in self._transient}
     def __setstate__(self, state):
@@ -175,7 +175,7 @@ def gather(self:FastOptimizer,
     slots = {n: lent[n] if n in lent else [s.get(n) for s in layout.states] for n in composition.slots}
     return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition)
 
-# %% ../../nbs/optimizer.core.ipynb #28ee17d3
+# %% ../../nbs/optimizer.core.ipynb #944668fd
 @patch
 def init_slots(self:FastOptimizer,
     batch:Batch, # Parameters about to step
@@ -195,13 +195,13 @@ def plan(self:FastOptimizer,
     "Check everything, and tell what runs where"
     params, last = batch.params, self._plans.get(batch.composition)
     seen = look(batch, last and last.seen)
+    if last is not None and last.holds(seen): return last, batch, last.seen
     if seen.reasons.any():
         check_batch(batch)
         self.init_slots(batch)
         batch = shards(batch)
         seen = look(batch, last and last.seen)
     plan = self._plans[batch.composition] = make_plan(batch, params, seen, self.kernels, self.engine, last)
-    self._last_plan = plan
     return plan, batch, seen
 
 @patch
@@ -222,6 +222,7 @@ def take_step(self:FastOptimizer,
 ):
     "Step `batch`, then count the step"
     run(plan, batch, seen)
+    self._ran = plan
     self.count_step(batch)
 
 @patch
@@ -235,7 +236,7 @@ def step(self:FastOptimizer, closure=None):
 @patch
 def backend_report(self:FastOptimizer) -> L: # `Ran` of each parameter
     "Which parameters ran where in the last step that had any, and why"
-    plan = getattr(self, '_last_plan', None)
+    plan = self._ran
     if plan is None: return L()
     place = {id(p): (i,j) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)}
     return L(Ran(*place[id(p)], describe(p), *plan.ran(i)) for i,p in enumerate(plan.params))

@@ -15,7 +15,7 @@ from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
 from .batch import Batch
-from .lists import fold_late
+from .lists import fold_late, needs_late
 from .plan import Engine, Work
 from .pointers import c_function, f64_ptr, i64, i64_ptr, pointer_to, with_cache
 from .probe import DTYPES, Probe
@@ -216,7 +216,7 @@ def _after_fork():
     _forked = True
 os.register_at_fork(after_in_child=_after_fork)
 
-_lock = threading.Lock()
+_lock, _nothing = threading.Lock(), np.empty((0, 0))
 
 def drive(
     fn:int, # Address of a chunk function
@@ -224,7 +224,7 @@ def drive(
     tables:Tables, # What to do
     rows:np.ndarray, # Scalars: (rows, scalars)
     row_ids:np.ndarray, # Row of each parameter: (parameters,) of int64
-    out:np.ndarray=np.empty((0, 0)), # Where a stage leaves its sums: (chunks, sums) of float64
+    out:np.ndarray=_nothing, # Where a stage leaves its sums: (chunks, sums) of float64
 ):
     "Call `fn` for all chunks, on as many threads as PyTorch uses"
     args = fn, seen.table, (seen.table.shape[1] - seen.n_tensors)*8, tables.chunks, rows, row_ids, out
@@ -249,7 +249,7 @@ class Tables:
         self.chunks = np.stack([idxs[nth], start, np.minimum(sizes[nth] - start, CHUNK)], 1).astype(np.int64)
         self.total = int(sizes.sum())
 
-# %% ../../nbs/optimizer.cpu.ipynb #8dd706de
+# %% ../../nbs/optimizer.cpu.ipynb #9cb4efd6
 class NumbaEngine(Engine):
     "Runs stages in kernels on the CPU"
     name, has_kernels = 'numba', True
@@ -268,16 +268,19 @@ class NumbaWork(Work):
         self.rows = np.array([[row[n] for n in composition.row] for row in batch.rows], np.float64).reshape(len(batch.rows), len(composition.row))
         self.row_names = {stage: composition.row + tuple(n for n in stage.scalars if n not in composition.row) for stage in composition.stages}
         self.functions = {stage: compiled(stage, formats, names, row).address for stage,row in self.row_names.items()}
-        if composition.sums: self.known = dict(zip(composition.row, self.rows[batch.row_ids].T))
+        if composition.sums: self.known = needs_late(composition, lambda n: self.rows[batch.row_ids, composition.row.index(n)])
 
     def run(self, stage):
-        if not self.batch.composition.sums: return drive(self.functions[stage], self.seen, self.tables, self.rows.astype(self.real), self.batch.row_ids)
-        fold_late(stage, self.known)
-        n, names = len(self.batch), self.row_names[stage]
-        rows = np.stack([np.broadcast_to(self.known[x], n) for x in names], 1) if names else np.empty((n, 0))
-        out = np.empty((len(self.tables.chunks), len(stage.sums)))
-        drive(self.functions[stage], self.seen, self.tables, rows.astype(self.real), np.arange(n), out)
-        for name,x in zip(stage.sums, out.T): self.known[name] = np.bincount(self.tables.chunks[:, 0], x, n)
+        rows, row_ids = self.rows, self.batch.row_ids
+        if stage.late: # each parameter has a row of its own
+            fold_late(stage, self.known)
+            rows = np.empty((len(row_ids), len(self.row_names[stage])))
+            rows[:, :self.rows.shape[1]] = self.rows[row_ids]
+            for k,name in enumerate(self.row_names[stage][self.rows.shape[1]:], self.rows.shape[1]): rows[:, k] = self.known[name]
+            row_ids = np.arange(len(row_ids))
+        out = np.empty((len(self.tables.chunks), len(stage.sums))) if stage.sums else _nothing
+        drive(self.functions[stage], self.seen, self.tables, rows.astype(self.real), row_ids, out)
+        for k,name in enumerate(stage.sums): self.known[name] = np.bincount(self.tables.chunks[:, 0], out[:, k], len(self.batch))
 
     def total(self, name): return float(self.known[name].sum())
     def receive(self, name, total): self.known[name] = np.full(len(self.batch), float(total))

@@ -135,7 +135,7 @@ def blocks(
             block.append(piece); owners.append(i); room -= n
     yield list(map(list, zip(*block))), owners
 
-# %% ../../nbs/optimizer.lists.ipynb #946bb581
+# %% ../../nbs/optimizer.lists.ipynb #13220e29
 _numpy_math = dict(sqrt=np.sqrt, exp=np.exp, log=np.log, abs=np.abs, sign=lambda x: np.nan_to_num(np.sign(x)), minimum=np.minimum, maximum=np.maximum,
                    where=lambda flag, a, b: np.where(np.asarray(flag) != 0, a, b))
 
@@ -155,8 +155,7 @@ def needs_late(
     known:Callable, # From the name of a scalar of the row to its value
 ) -> dict:
     "The scalars of the row that late folds take"
-    names = {n for s in composition.stages for f in s.late for n in f.inputs if n in composition.row}
-    return {n: known(n) for n in names}
+    return {n: known(n) for n in composition.late_inputs}
 
 # %% ../../nbs/optimizer.lists.ipynb #e6c6106f
 def knows(

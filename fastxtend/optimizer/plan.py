@@ -105,7 +105,7 @@ def look(
     object.__setattr__(res, 'key', key)
     return res
 
-# %% ../../nbs/optimizer.plan.ipynb #ace18df5
+# %% ../../nbs/optimizer.plan.ipynb #3f62c085
 @dataclass(frozen=True)
 class Part:
     "Parameters that an engine steps together"
@@ -122,6 +122,12 @@ class Plan:
     odd:list # Where parts of tensors are that `seen` does not tell of
     tangled:list # Positions of parameters that share memory, and step one by one
     parts:list # `Part`s, in order
+
+    def holds(self,
+        seen:Probe, # What is known now
+    ) -> bool:
+        "Is everything where it was, and can all of that be told from `seen`?"
+        return self.seen == seen and not self.odd
 
     def ran(self,
         i:int, # Position of a parameter
@@ -169,7 +175,7 @@ def make_plan(
 ) -> Plan:
     "What runs where; as much as possible of the last plan"
     odd = odd_extents(batch, seen)
-    if last is not None and last.seen == seen and last.odd == odd: return last
+    if last is not None and last.odd == odd and last.seen == seen: return last
     alike = last is not None and last.odd == odd and np.array_equal(last.seen.kinds, seen.kinds)
     still = alike and np.array_equal(np.delete(last.seen.addresses, 1, 1), np.delete(seen.addresses, 1, 1))
     written = last.written if still else Extents.of(seen)
@@ -186,6 +192,8 @@ def _parts(batch, seen, kernels, lists, tangled):
         idxs, engine = np.flatnonzero(takes & (kinds == kind).all(1)), engines[int(kind[0])]
         parts.append(Part(engine, idxs, engine.prepare(batch, seen, idxs)))
     together = [i for i in np.flatnonzero(~takes).tolist() if i not in tangled]
+    for i in together:
+        if kernels and seen.reasons[i] == OK: warn_once(batch.params[i].device.type)
     by_kind = groupby(together, lambda i: (batch.params[i].device, batch.params[i].dtype, is_sharded(batch.params[i]))).values()
     return parts + [Part(lists, idxs, lists.prepare(batch, seen, idxs)) for idxs in [*by_kind, *([i] for i in tangled)]]
 

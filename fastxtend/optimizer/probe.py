@@ -16,7 +16,7 @@ __all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS',
            'device_code', 'is_plain', 'probe', 'fingerprint', 'Extents', 'in_conflict', 'is_sharded', 'extent',
            'sharing_memory']
 
-# %% ../../nbs/optimizer.probe.ipynb #7077887b
+# %% ../../nbs/optimizer.probe.ipynb #dab6e356
 OK, UNREADABLE, DEVICE, DTYPE, SHAPE, STRIDES = range(6)
 REASONS = ['', 'not a plain tensor in memory', 'on different devices', 'no kernel for this dtype, or dtypes differ', 'shapes differ',
            'memory layout is not dense, or differs between parameter, gradient and state']
@@ -47,7 +47,7 @@ class Probe:
     @property
     def kinds(self): "All but the addresses"; return self.table[:, :3+self.n_tensors]
 
-    def __eq__(self, other): return self.n_tensors == other.n_tensors and np.array_equal(self.table, other.table)
+    def __eq__(self, other): return self.n_tensors == other.n_tensors and self.table.tobytes() == other.table.tobytes()
 
 # %% ../../nbs/optimizer.probe.ipynb #a844b015
 def is_dense(

@@ -262,7 +262,7 @@ def _use(s):
     takes = tuple((a, name(a)) for a in args if a in names or a not in defaults)
     return _Use(s, takes, tuple(map(name, d.gives)), {name(n): declared(n, o) for n,o in d.names.items()})
 
-# %% ../../nbs/optimizer.steppers.ipynb #7f6ca83b
+# %% ../../nbs/optimizer.steppers.ipynb #726636b3
 @dataclass(frozen=True)
 class Line:
     "A line of a joined function"
@@ -316,6 +316,9 @@ class Composition:
         "Names of the scalars that do not come from steppers: hyperparameters and options"
         known = {f.name for f in self.early}
         return tuple(dict.fromkeys(n for n in (*(i for f in self.early for i in f.inputs), *self.row) if n not in known))
+
+    @cached_property
+    def late_inputs(self): "Names of the scalars of the row that late folds take"; return tuple({n for s in self.stages for f in s.late for n in f.inputs if n in self.row})
 
     @cached_property
     def kept(self): "Names of the scalars that are left in the state"; return tuple(f.name for f in self.step.late if f.keep)
