@@ -3,18 +3,22 @@ import os, subprocess, sys, textwrap, threading, warnings
 
 import pytest
 from common import *
-from fastxtend.optimizer import cpu, kernels
+from fastxtend.optimizer import cpu, plan
+from fastxtend.optimizer.steppers import compose, slot, stepper
 from fastxtend.optimizer.probe import REASONS
 
 STEP = '''
 import warnings; warnings.filterwarnings('ignore')
 import torch
 from fastxtend.optimizer.all import *
-from fastxtend.optimizer import cpu, rules
+from fastxtend.optimizer import cpu
+from fastxtend.optimizer.table import OPTIMIZERS
 p = torch.nn.Parameter(torch.ones(300, 300)); p.grad = torch.ones_like(p)
 opt = Lamb([p], lr=.1, wd=0., fused=True)
 opt.step()
-rows = cpu.row_names(rules.lamb, rules.lamb_trust)
+float32, names = cpu.FORMATS[torch.float32], ('p', 'g', 'grad_avg', 'sqr_avg')
+composition = OPTIMIZERS['Lamb'].composition()
+hits = [cpu.compiled(s, (float32,)*4, names, composition.row + tuple(n for n in s.scalars if n not in composition.row)).cache_hits for s in composition.stages]
 '''
 
 def python(code, before='', **env):
@@ -23,7 +27,7 @@ def python(code, before='', **env):
     assert res.returncode == 0, res.stderr
     return res.stdout.split()
 
-REPORT = "print(float(p[0, 0]), cpu.compiled(rules.lamb, cpu.FORMATS[torch.float32], rows).cache_hits, sum(cpu.driver(True, torch.ones(1).numpy().dtype).stats.cache_hits.values()))"
+REPORT = "print(float(p[0, 0]), sum(hits)//2, sum(cpu.driver(True, torch.ones(1).numpy().dtype).stats.cache_hits.values()))"
 
 def ones_like(params): return list(map(torch.ones_like, params))
 
@@ -54,12 +58,17 @@ def test_cache_that_is_damaged(tmp_path):
     for f in files: f.write_bytes(f.read_bytes()[:40])
     assert python(REPORT, NUMBA_CACHE_DIR=str(tmp_path))[0] == good[0]
 
-def test_cache_knows_a_rule_by_its_arithmetic():
-    "Two rules of one name do not share machine code"
-    def rule(p, g, lr): return (p - lr*g,)
-    first = cpu.compiled(rule, cpu.FORMATS[torch.float32], ('lr',)).address
-    def rule(p, g, lr): return (p + lr*g,)
-    assert cpu.compiled(rule, cpu.FORMATS[torch.float32], ('lr',)).address != first
+def test_cache_knows_a_stepper_by_its_arithmetic():
+    "Two steppers of one name do not share machine code"
+    def address():
+        stage = compose([move]).step
+        return cpu.compiled(stage, (cpu.FORMATS[torch.float32],)*2, ('p', 'g'), ('lr',)).address
+    @stepper('p')
+    def move(p, g, lr): return p - lr*g
+    first = address()
+    @stepper('p')
+    def move(p, g, lr): return p + lr*g
+    assert address() != first
 
 def test_step_in_a_forked_process():
     "Threads do not survive a fork, and a step after one runs on a single thread"
@@ -163,8 +172,8 @@ def test_report_tells_where_and_why():
 
 def test_host_without_a_kernel(monkeypatch):
     "ForEach does it, and that is said once"
-    monkeypatch.setattr(kernels, 'ENGINES', {})
-    kernels.engine.cache_clear(); kernels.warn_once.cache_clear()
+    monkeypatch.setattr(plan, 'ENGINES', {})
+    plan.kernels_for.cache_clear(); plan.warn_once.cache_clear()
     try:
         params, expected = make_params(SMALL), make_params(SMALL)
         opt, native = build('Adam', params, 'fused'), build('Adam', expected)
@@ -176,7 +185,7 @@ def test_host_without_a_kernel(monkeypatch):
         assert len([w for w in said if 'no kernel for cpu' in str(w.message)]) == 1
         assert {o.backend for o in opt.backend_report()} == {'foreach'}
         for a,b in zip(expected, params): assert distance(a, b) <= TOLERANCE['foreach']
-    finally: kernels.engine.cache_clear(); kernels.warn_once.cache_clear()
+    finally: plan.kernels_for.cache_clear(); plan.warn_once.cache_clear()
 
 def test_nothing_keeps_gradients_alive():
     import gc, weakref

@@ -14,9 +14,8 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 
-from fastxtend.optimizer import cuda, kernels
-from fastxtend.optimizer.probe import probe
-from fastxtend.optimizer.cuda import compile_ahead, constants, norms_kernel, step_kernel
+from fastxtend.optimizer import cuda, kernels, plan
+from fastxtend.optimizer.cuda import compile_ahead, constants, step_kernel, sums_kernel
 
 # Triton decides when it is imported whether it interprets. So the first test runs the interpreted ones in a process of their own.
 INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1'
@@ -35,10 +34,10 @@ def test_interpreted_tests():
 @pytest.fixture(autouse=True)
 def on_cpu_tensors(monkeypatch):
     "Step CPU tensors with the CUDA kernels"
-    monkeypatch.setitem(kernels.ENGINES, 1, 'cuda')
-    kernels.engine.cache_clear()
+    monkeypatch.setitem(plan.ENGINES, 1, 'cuda')
+    plan.kernels_for.cache_clear()
     yield
-    kernels.engine.cache_clear()
+    plan.kernels_for.cache_clear()
 
 # --- Interpreted: the same numbers as fastai's own optimizers
 
@@ -83,7 +82,7 @@ def configs(*rest): return [Config(name, mom, *c) for name in NAMES for mom in m
 WIDE = configs((torch.float32, 'no_wd', 1), (torch.float32, 'true_wd', 1), (torch.float32, 'true_wd', 3), (torch.float32, 'l2', 3), (torch.float64, 'l2', 3))
 HALF = configs((torch.bfloat16, 'true_wd', 3), (torch.float16, 'l2', 1))
 
-def steps_of(name): return 7 if name == 'Ranger' else 4 # the sixth synchronises
+def steps_of(name): return 7 if OPTIMIZERS[name].has_lookahead else 4 # the sixth synchronises
 
 def grads_of(c): return make_grads(tuple(SIZES.values()), c.dtype, steps_of(c.name))
 
@@ -95,7 +94,9 @@ def test_parity(c, launches):
     assert_same(run('native'), run('fused'), TOLERANCE['fused'])
     assert launches == launches_of(c.name, steps_of(c.name))
 
-def launches_of(name, steps): return dict(step_kernel=steps, **(dict(norms_kernel=steps) if OPTIMIZERS[name].norms else {}))
+def launches_of(name, steps):
+    sums = len(OPTIMIZERS[name].composition().stages) - 1
+    return dict(step_kernel=steps, **(dict(sums_kernel=sums*steps) if sums else {}))
 
 @interpreted
 @pytest.mark.parametrize('c', HALF, ids=str)
@@ -207,6 +208,7 @@ class Graph:
             else: call(executor, *args, **kwargs)
         monkeypatch.setattr(interpreter.GridExecutor, '__call__', keep)
         monkeypatch.setattr(cuda.Tables, 'capturing', property(lambda tables: self.on))
+        monkeypatch.setattr(kernels, '_capturing', lambda: self.on)
 
     def __enter__(self): self.on = True
     def __exit__(self, *args): self.on = False
@@ -214,40 +216,45 @@ class Graph:
     def replay(self):
         for launch in self.launches: launch()
 
-def step_now(opt, tables, **kwargs):
-    "Everything in `opt`, on the engine itself"
-    batch = opt.gather()
-    opt.init_slots(batch)
-    table, row_ids = probe(*batch.tensors()).table, np.array(batch.row_ids)
-    cuda.step_kernels(opt.rule(batch), opt.spec.norms, opt.spec.trust, torch.float32, table, tables, batch.rows, row_ids, **kwargs)
-    return batch
-
 @interpreted
-@pytest.mark.parametrize('name', [n for n in NAMES if n != 'Ranger']) # its slow weights are synchronised in some steps only
+@pytest.mark.parametrize('name', [n for n in NAMES if not OPTIMIZERS[n].has_lookahead]) # slow weights are synchronised in some steps only
 def test_captured_and_replayed(name, monkeypatch):
     "A replayed step has the learning rate, momentum and step counts of its own time, not those of the capture"
     shapes, graph = [(5, 7), (10,), ()], Graph(monkeypatch)
     (ref, ref_params), (opt, params) = ((build(name, split(ps, 2), way), ps) for way in ('native', 'fused') for ps in [make_params(shapes)])
     ref_anneal, anneal = one_cycle(ref), one_cycle(opt)
-    tables = cuda.Tables(torch.device('cpu'), np.array([p.numel() for p in params]), np.arange(3))
     for t,gs in enumerate(make_grads(tuple(shapes), steps=5)):
         ref_anneal(t/5)
         step_with(ref, ref_params, gs)
         anneal(t/5)
         if t == 0:
             set_grads(params, gs)
-            with graph, pytest.raises(RuntimeError, match='Take a step before'): step_now(opt, tables)
-            opt.count_step(step_now(opt, tables))
-            with pytest.raises(RuntimeError, match='was captured with other'): step_now(opt, tables, launch=False)
-            with graph: step_now(opt, tables)
+            with graph, pytest.raises(RuntimeError, match='after at least one step'): opt.step()
+            opt.step()
+            with pytest.raises(RuntimeError, match='was captured with other'): opt.refresh()
+            before = snapshot(opt, params)
+            with graph: opt.step()
+            assert_same(before, snapshot(opt, params)) # a capture changes and counts nothing
             continue
         for p,g in zip(params, gs): p.grad.copy_(g)
-        opt.count_step(step_now(opt, tables, launch=False))
+        opt.refresh()
         graph.replay()
-    def result(state_of, params): return [*params, *([state_of(p)[k] for k in opt.slot_names] for p in params), [state_of(p).get('step') for p in params]]
-    assert_same(result(ref.state.__getitem__, ref_params), result(opt.state.__getitem__, params), TOLERANCE['fused'])
+    assert_same(snapshot(ref, ref_params)['params'], snapshot(opt, params)['params'], TOLERANCE['fused'])
+    assert_same(states(ref, ref_params), states(opt, params), TOLERANCE['fused'])
     opt.state[params[1]]['do_wd'] = False
-    with pytest.raises(RuntimeError, match='was captured with other'): step_now(opt, tables, launch=False)
+    with pytest.raises(RuntimeError, match='was captured with other'): opt.refresh()
+
+@interpreted
+def test_what_cannot_be_captured(monkeypatch):
+    "Lookahead, and parameters that no kernel takes: refused, and nothing is changed or counted"
+    graph = Graph(monkeypatch)
+    for name,params in (('Ranger', make_params([(3,)])), ('Adam', [torch.ones(4, 8)[:, ::2]])):
+        opt = build(name, params, 'fused')
+        set_grads(params, [torch.ones_like(p) for p in params])
+        opt.step()
+        before = snapshot(opt, params)
+        with graph, pytest.raises(RuntimeError, match='can be captured in a CUDA graph'): opt.step()
+        assert_same(before, snapshot(opt, params))
 
 # --- Launched: what a GPU would be told
 
@@ -269,22 +276,22 @@ def driver(monkeypatch):
     from triton.runtime import driver as active
     res = Driver()
     monkeypatch.setattr(active, '_active', res)
-    for k in (step_kernel, norms_kernel): monkeypatch.setattr(k, 'device_caches', type(k.device_caches)(k.create_binder))
+    for k in (step_kernel, sums_kernel): monkeypatch.setattr(k, 'device_caches', type(k.device_caches)(k.create_binder))
     return res
 
-def variants(): return sum(len(k.device_caches[0][0]) for k in (step_kernel, norms_kernel))
+def variants(): return sum(len(k.device_caches[0][0]) for k in (step_kernel, sums_kernel))
 
 @compiled
 @pytest.mark.parametrize('name', NAMES)
 def test_launched_once_and_compiled_once(name, driver):
-    "The same machine code whatever the sizes, groups, step counts and alignment, and one launch a step (two with norms)"
-    rules = 2 if OPTIMIZERS[name].rule_sync else 1
+    "The same machine code whatever the sizes, groups, step counts and alignment, and one launch a step (one more for each stage that adds up)"
+    steps, stages = 2 if OPTIMIZERS[name].has_lookahead else 1, len(OPTIMIZERS[name].composition().stages)
     for n_groups,offset in ((1, 0), (3, 1)):
         params = [view_of(p, offset) for p in make_params(SIZES)]
         opt = build(name, split(params, n_groups), 'fused')
         train(opt, params, make_grads(tuple(SIZES.values()), steps=6))
         assert Counter(o[0] for o in driver.launches) == launches_of(name, 6)
-        assert variants() == rules + (OPTIMIZERS[name].norms is not None)
+        assert variants() == steps + stages - 1
         params, owners = driver.launches[-1][2][:2]
         assert owners.tolist() == sorted(owners.tolist()) and all(o[1] == (len(owners), 1, 1) for o in driver.launches)
         driver.launches.clear()
@@ -316,9 +323,15 @@ def test_only_what_changed_is_uploaded(name, driver, monkeypatch):
 
 # --- Compiled ahead of time
 
-EVERY = {f'{rule.__name__}-{kind}': (rule, spec, kind) for spec in OPTIMIZERS.values()
-         for rule in (spec.rule, spec.rule_no_mom, spec.rule_beta, spec.rule_sync) if rule is not None
-         for kind in (('norms', 'step') if spec.norms else ('step',))}
+def every_stage():
+    "All that may be compiled for an optimizer: with and without momentum, and whatever is switched on"
+    for spec in OPTIMIZERS.values():
+        for mom in moms(spec.name):
+            for on in dict.fromkeys(((), spec.switches())):
+                composition = spec.composition(on, **(dict(mom=mom) if 'mom' in spec.hypers else {}))
+                for at,stage in enumerate(composition.stages): yield '-'.join((stage.name, f'mom{mom}', *on)), (composition, at)
+
+EVERY = dict(every_stage())
 
 AHEAD = [(75, torch.float32), (80, torch.float32), (90, torch.float32), (75, torch.float16), (80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float64)]
 
@@ -327,14 +340,15 @@ AHEAD = [(75, torch.float32), (80, torch.float32), (90, torch.float32), (75, tor
 @pytest.mark.parametrize('kernel', EVERY)
 def test_machine_code(kernel, arch, dtype):
     "No registers spilled; on the main path all loads and stores are of 16 bytes, and each tensor is read once and written once"
-    rule, spec, kind = EVERY[kernel]
-    step, norms = constants(rule, spec.norms, spec.trust, dtype)
-    code = compile_ahead(*((norms_kernel, norms) if kind == 'norms' else (step_kernel, step)), arch)
+    composition, at = EVERY[kernel]
+    adds, known = bool(composition.stages[at].sums), constants(composition, at, dtype)
+    code = compile_ahead(sums_kernel if adds else step_kernel, known, arch)
     assert code.spilled == 0
     assert code.registers <= 96 # so that five programs fit on a multiprocessor
-    read, written = (norms['n_read'], 0) if kind == 'norms' else (step['n_tensors'], step['n_tensors'] - 1)
+    read = len(composition.stages[at].tensors)
+    written = 0 if adds else known['n_tensors'] - 1
     wide = 'v2.b64' if dtype == torch.float64 else 'v4.b32'
-    per_thread = step['BLOCK']*dtype.itemsize//(32*cuda.WARPS*16)
+    per_thread = known['BLOCK']*dtype.itemsize//(32*cuda.WARPS*16)
     found = [len(re.findall(rf'{op}\.global\.{re.escape(wide)}', code.ptx)) for op in ('ld', 'st')]
     assert found == [read*per_thread, written*per_thread]
     if dtype == torch.bfloat16 and written: assert re.search(r'cvt\.rn\S*\.bf16', code.ptx) # rounded to nearest
