@@ -11,7 +11,7 @@ from fastxtend.benchmark.models import NotInstalled, UnknownName, model_shapes, 
 from fastxtend.benchmark.report import PUBLISHED, frame, machine, pivot, published_table, step_report, time_cell
 from fastxtend.benchmark.steps import (LR, OPTIMI, OURS, TIMM, TORCH, WARM_UP, Benchmark, Contest, Contestant, Stopwatch, Watcher,
                                        bytes_per_parameter, choose_backends, device_name, group_lrs, hypers_of, race, recommend, tensors_per_parameter)
-from fastxtend.optimizer.core import OPTIMIZERS
+from fastxtend.optimizer.table import OPTIMIZERS
 
 class FakeClock:
     "A clock that moves when it is told to"

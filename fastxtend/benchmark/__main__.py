@@ -16,7 +16,7 @@ from .models import MODELS, look_up, model_name
 from .report import frame, machine, save_plots, step_report
 from .steps import CONTESTANTS, OURS, TURN, Benchmark, choose, choose_backends, device_name, optimizer_name, recommend
 from .training import TASKS, TrainingBenchmark, plot_epochs, task_name, training_report
-from ..optimizer.core import OPTIMIZERS
+from ..optimizer.table import OPTIMIZERS
 
 # %% auto #0
 __all__ = ['DTYPES', 'QUICK', 'command', 'main']

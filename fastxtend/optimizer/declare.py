@@ -69,7 +69,7 @@ def build(
     cls = spec.foreach_class or (ForEachLookahead if spec.has_lookahead else ForEachOptimizer)
     return cls(params, **({} if spec.foreach_class else dict(opt_step=spec.foreach and unwrapped(spec.foreach), spec=spec)), **kwargs)
 
-# %% ../../nbs/optimizer.declare.ipynb #4b69f196
+# %% ../../nbs/optimizer.declare.ipynb #33c259d2
 def _parameters(f, leave_out=()): return [p for n,p in inspect.signature(f).parameters.items() if n not in leave_out]
 
 def optimizer(
@@ -94,7 +94,7 @@ def optimizer(
         constructor.__signature__ = inspect.Signature(params + _parameters(_flags), return_annotation=inspect.signature(body).return_annotation)
         constructor.__delwrap__ = _flags
         spec = OptimizerSpec(name, _body_of(body), {**{k: v for k,v in defaults.items() if k not in options}, **(hypers or {})},
-                             {k: defaults[k] for k in options}, native, foreach, jit, foreach_class, constructor)
+                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor)
         OPTIMIZERS[name] = spec
         return constructor
     return decorate

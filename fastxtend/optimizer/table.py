@@ -15,7 +15,7 @@ from .steppers import Composition, args_of, average_grad, average_sqr_grad, comp
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'OptimizerSpec', 'slots_of', 'known_slots', 'spec_slots', 'unwrapped', 'step_args', 'spec_of']
 
-# %% ../../nbs/optimizer.table.ipynb #538deec7
+# %% ../../nbs/optimizer.table.ipynb #5e5bd1d3
 OPTIMIZERS = {} # Name to `OptimizerSpec`
 
 def _named(name): return OPTIMIZERS[name]
@@ -30,6 +30,7 @@ class OptimizerSpec:
     native:Callable=None # fastai's constructor, if it has one: the oracle every backend is tested against
     foreach:Callable=None # A step function on lists of tensors, written by hand because it is faster than the steppers on lists
     jit:Callable=None # A TorchScript step function
+    hidden:tuple=() # Names of hyperparameters that are no arguments
     foreach_class:type=None # Class of the optimizer with `foreach=True`, if it has a name of its own
     constructor:Callable=None # What users call
 
@@ -41,6 +42,9 @@ class OptimizerSpec:
     def given(self):
         "Names of the scalars that do not come from steppers; `None` if that is not known"
         return None if self.hypers is None else frozenset({'lr', 'do_wd', *self.hypers, *self.options})
+
+    @cached_property
+    def defaults(self): "Default values of the constructor's arguments, without `lr` and flags"; return {n: v for n,v in {**(self.hypers or {}), **self.options}.items() if n not in self.hidden}
 
     def steppers(self,
         **arguments, # Of the constructor, where they differ from the defaults

@@ -13,7 +13,7 @@ from fastai.optimizer import OptimWrapper, pytorch_hp_map, set_item_pg
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .core import check_params
+from .batch import check_params
 
 # %% auto #0
 __all__ = ['hyper_names', 'TorchOptimizer', 'needs_closure', 'torch_opt']
