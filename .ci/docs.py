@@ -4,12 +4,28 @@ A page is built again only if its notebook, the package, a measurement or this f
 Quarto can do that where it is installed: `python .ci/docs.py --prepare && quarto render _proc`."""
 import argparse, hashlib, json, os, re, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
 from itertools import groupby
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 nbs, proc, out = root/'nbs', root/'_proc', root/'_docs'
 katex = root/'.ci/node_modules/katex/dist'
+
+def git_url():
+    "Address of the repository, or nothing if settings.ini has none"
+    config = ConfigParser(delimiters=['='])
+    config.read(root/'settings.ini', encoding='utf-8')
+    return config['DEFAULT']['git_url']
+
+def site_config(text, url):
+    "The settings of the site, from the `text` of `_quarto.yml`, with links to the repository at `url` if there is one"
+    import yaml
+    config = yaml.safe_load(text)
+    if url:
+        config['website'].update({'repo-url': url, 'repo-branch': 'main', 'repo-subdir': 'nbs', 'repo-actions': ['issue']})
+        config['website']['navbar']['right'] = [dict(text='GitHub', icon='github', href=url)]
+    return yaml.safe_dump(config, sort_keys=False)
 
 def depends_on(nb):
     "Hash of all that the page of `nb` is made from"
@@ -98,7 +114,8 @@ def prepare(workers):
     sources = sorted(nbs.glob('[!_.]*.ipynb'))
     for o in proc.glob('*.ipynb'):
         if not (nbs/o.name).exists(): o.unlink()
-    for name in ('_quarto.yml', 'styles.css'): shutil.copy(nbs/name, proc/name)
+    (proc/'_quarto.yml').write_text(site_config((nbs/'_quarto.yml').read_text(encoding='utf-8'), git_url()), encoding='utf-8')
+    shutil.copy(nbs/'styles.css', proc/'styles.css')
     todo = [nb for nb in sources if not is_built(nb, depends_on(nb))]
     threads = max(1, os.cpu_count() // workers)
     with ThreadPoolExecutor(workers) as pool: built = [*pool.map(lambda nb: build_apart(nb, threads), todo)]

@@ -8,7 +8,7 @@ hidden = re.compile(r'^#\|\s*(hide|default_exp|eval|echo: *false)', re.M)
 def text(cell):
     "Markdown of a cell, or nothing"
     source = ''.join(cell['source']).strip()
-    if cell['cell_type'] == 'markdown': return source
+    if cell['cell_type'] == 'markdown': return re.sub(r'\]\(([\w.]+\.ipynb)', r'](nbs/\1', source)
     if cell['cell_type'] != 'code' or hidden.search(source): return ''
     return f'```python\n{source}\n```'
 

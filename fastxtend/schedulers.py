@@ -105,9 +105,8 @@ def fit_flat_varied(self:Learner,
     reset_opt:bool=False, # Start with a new optimizer
     start_epoch:int=0, # Epoch to resume from
 ):
-    """Fit `self.model` for `n_epoch` at flat `start_lr`, which changes to each `next_lr` by `change_by`, before a final cosine annealing.
-    `TypeError` or `ValueError`, before anything is trained, if the changes overlap or reach into the final cosine, if the lists differ in
-    length, or if a value is out of range"""
+    """Train at one learning rate, go over to others on the way, and end with a cosine. `TypeError` or `ValueError`, before anything is
+    trained, if the changes overlap or reach into the final cosine, if the lists differ in length, or if a value is out of range"""
     if not _is_number(n_epoch, Integral) or n_epoch < 1: raise ValueError(f"`n_epoch` is a positive integer, not {n_epoch!r}")
     if not _is_number(pct_start) or not 0 <= pct_start <= 1: raise ValueError(f"`pct_start` is a share of training between 0 and 1, not {pct_start!r}")
     if not _is_number(div_final) or not div_final > 0: raise ValueError(f"`div_final` is a positive number, not {div_final!r}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parent.parent
+sys.path.insert(0, str(root/'.ci'))
 
 @pytest.fixture(scope='module')
 def settings():
@@ -25,7 +26,7 @@ def test_settings_and_pyproject_agree(settings, pyproject):
     assert project['requires-python'] == f">={settings['min_python']}"
     assert project['keywords'] == settings['keywords'].split()
     assert [a['name'] for a in project['authors']] == [settings['author']]
-    assert project['urls']['Repository'] == settings['git_url']
+    assert 'urls' in project['dynamic'] and 'urls' not in project
     assert nbdev['update_pyproject'] is False
 
 def test_version_agrees(settings):
@@ -33,15 +34,43 @@ def test_version_agrees(settings):
     versions = [o.value.value for o in tree.body if isinstance(o, ast.Assign) and o.targets[0].id == '__version__']
     assert versions == [settings['version']]
 
-@pytest.fixture(scope='module')
-def metadata(tmp_path_factory):
-    "What setup.py and pyproject.toml make of it together: fields of the package's metadata, and its entry points"
-    tmp = tmp_path_factory.mktemp('egg')
-    subprocess.run([sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', tmp], cwd=root, check=True, capture_output=True)
+def built(source, tmp):
+    "What setup.py and pyproject.toml in the folder `source` make of it together: fields of the package's metadata, and its entry points"
+    subprocess.run([sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', tmp], cwd=source, check=True, capture_output=True)
     info = next(tmp.glob('*.egg-info'))
     entries = ConfigParser(delimiters=['='])
     entries.read(info/'entry_points.txt', encoding='utf-8')
     return (info/'PKG-INFO').read_text(encoding='utf-8').split('\n\n')[0], entries
+
+@pytest.fixture(scope='module')
+def metadata(tmp_path_factory): return built(root, tmp_path_factory.mktemp('egg'))
+
+def test_the_earlier_project_is_older(settings):
+    "PyPI's fastxtend, another project, ended with 0.1.7: what is ours has to sort above it"
+    assert [*map(int, settings['version'].split('.'))] >= [0, 2, 0]
+
+@pytest.mark.parametrize('url', ['', 'https://example.com/some/where'])
+def test_one_address(settings, tmp_path, url):
+    "The repository's address stands in settings.ini, and metadata and site have it from there, or go without"
+    source, egg = tmp_path/'source', tmp_path/'egg'
+    egg.mkdir()
+    shutil.copytree(root/'fastxtend', source/'fastxtend', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(root/name, source/name)
+    (source/'settings.ini').write_text(re.sub('(?m)^git_url =.*$', f'git_url = {url}', (root/'settings.ini').read_text(encoding='utf-8')), encoding='utf-8')
+    urls = dict(o.split(', ') for o in re.findall('^Project-URL: (.*)$', built(source, egg)[0], re.M))
+    assert urls == ({k: url + v for k,v in dict(Repository='', Issues='/issues', Changelog='/blob/main/CHANGELOG.md').items()} if url else {})
+    pytest.importorskip('yaml')
+    import docs
+    config = docs.site_config((root/'nbs/_quarto.yml').read_text(encoding='utf-8'), url)
+    assert (url in config and 'repo-url' in config) if url else 'repo-url' not in config
+
+def test_no_address_is_invented(settings):
+    "No file has an address of a repository of ours but settings.ini"
+    files = subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True, text=True)
+    if files.returncode: pytest.skip("not a git repository")
+    found = [o for o in files.stdout.split('\0') if Path(o).suffix not in ('', '.png', '.csv', '.ini')
+             and re.search(r'git(hub|lab)\.(com|io)/[\w.-]*fastxtend|fastxtend\.github\.io', (root/o).read_text(encoding='utf-8'))]
+    assert found == []
 
 def test_what_is_built(settings, metadata):
     fields, entries = metadata

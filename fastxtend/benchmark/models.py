@@ -124,6 +124,6 @@ def model_shapes(
     if name not in MODELS: return tuple(_vectors(name))
     spec = MODELS[name]
     if importlib.util.find_spec(spec.package) is None:
-        raise NotInstalled(f"{name} needs the package '{spec.package}': `pip install fastxtend[bench]`")
+        raise NotInstalled(f"{name} needs the package '{spec.package}': `pip install {spec.package}`")
     with torch.device('meta'): model = spec.build()
     return tuple(scaled(s, spec.scale) for s in shapes_of(model))

@@ -138,7 +138,7 @@ def step_report(
     for model,groups,part in models: parts += [_heading(model, groups, part), pivot(part, ['optimizer'], time_cell), '']
     for n in PUBLISHED:
         table = published_table(df, n)
-        if table: parts += [f"## Table {n} of fastxtend's documentation\n", f"Published: {PUBLISHED_ON}.\n", table, '']
+        if table: parts += [f"## Table {n} of the earlier fastxtend's documentation\n", f"Published: {PUBLISHED_ON}.\n", table, '']
     unit = 'Kernel launches' if facts.get('GPU') else 'Dispatched operations'
     for title,cell in (('Share of the copy bandwidth', lambda r: f'{_percent(r.share)} ({number(r.gb_s)} GB/s)'),
                        ('10th to 90th percentile in ms', _spread),
