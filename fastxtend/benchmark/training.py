@@ -13,14 +13,14 @@ from fastai.basics import *
 from fastai.callback.progress import *
 
 from .models import EMB_SZS, look_up
-from .report import preface
+from .report import noisy, preface, speedup_text, verdict
 from .steps import OURS, hypers_of, optimizer_name
 from ..callback.profiler import markdown_table, number
 from ..optimizer import fused
 
 # %% auto #0
-__all__ = ['TASKS', 'TRAINING_METHOD', 'digits', 'tabular', 'task_name', 'Trained', 'TrainingBenchmark', 'training_report',
-           'plot_epochs']
+__all__ = ['TASKS', 'TRAINING_METHOD', 'TRAINING_CASE', 'digits', 'tabular', 'task_name', 'Trained', 'TrainingBenchmark',
+           'training_summary', 'training_report', 'plot_epochs']
 
 # %% ../../nbs/benchmark.training.ipynb #61fd4ed4
 def _loaders(xs, y, n_valid, bs, device):
@@ -159,7 +159,25 @@ class TrainingBenchmark:
 
 # %% ../../nbs/benchmark.training.ipynb #e3607ff9
 TRAINING_METHOD = ("One learner a backend, from the same weights on the same batches; they take turns in random order by the epoch, after one epoch to "
-                   "warm up. Times are medians over epochs, taken by the profiler callback; the number behind is how many times faster than fastai native.")
+                   "warm up. Times are medians over epochs, taken by the profiler callback; the number behind is how many times faster than fastai native, "
+                   "and *noisy* says that the two spread by more than they differ (10th to 90th percentile).")
+
+TRAINING_CASE = ['task', 'optimizer']
+
+def training_summary(
+    df:pd.DataFrame, # Results
+    skipped:dict=None, # What was left out, and why
+) -> str:
+    "What the command prints of a benchmark of whole training: tables and a verdict"
+    df, parts = df.assign(noisy=noisy(df, TRAINING_CASE, 'epoch_s')), []
+    header = ['optimizer', 'backend', 'epoch', '10th to 90th percentile', 'step', 'share of steps', 'samples/s', 'valid loss']
+    for task,part in df.groupby('task', sort=False):
+        rows = [[r.optimizer, r.backend, f'{number(r.epoch_s)} s{speedup_text(r.epoch_speedup, r.noisy)}',
+                 f'{number(r.epoch_s_p10)} - {number(r.epoch_s_p90)} s', f'{number(r.step_ms)} ms{speedup_text(r.step_speedup)}',
+                 f'{100*r.step_share:.0f}%', number(r.samples_s), f'{r.valid_loss:.5f}'] for r in part.itertuples()]
+        parts += [f'## {task}, {part.epochs.iloc[0]} epochs\n', markdown_table(rows, header, 2), '']
+    if skipped: parts += ['## Left out\n', *(f'- {k}: {v}' for k,v in skipped.items()), '']
+    return '\n'.join([*parts, '## Verdict\n', verdict(df, TRAINING_CASE, 'epoch_s', 'epoch_speedup')])
 
 def training_report(
     df:pd.DataFrame, # Results
@@ -167,16 +185,7 @@ def training_report(
     skipped:dict=None, # What was left out, and why
 ) -> str:
     "Markdown report of a benchmark of whole training"
-    parts = preface('What an optimizer step is worth in training', facts, TRAINING_METHOD)
-    header = ['optimizer', 'backend', 'epoch', '10th to 90th percentile', 'step', 'share of steps', 'samples/s', 'valid loss']
-    def faster(x): return f' **{x:.2f}x**' if math.isfinite(x) else ''
-    for task,part in df.groupby('task', sort=False):
-        rows = [[r.optimizer, r.backend, f'{number(r.epoch_s)} s{faster(r.epoch_speedup)}', f'{number(r.epoch_s_p10)} - {number(r.epoch_s_p90)} s',
-                 f'{number(r.step_ms)} ms{faster(r.step_speedup)}', f'{100*r.step_share:.0f}%', number(r.samples_s), f'{r.valid_loss:.5f}']
-                for r in part.itertuples()]
-        parts += [f'## {task}, {part.epochs.iloc[0]} epochs\n', markdown_table(rows, header, 2), '']
-    if skipped: parts += ['## Left out\n', *(f'- {k}: {v}' for k,v in skipped.items()), '']
-    return '\n'.join(parts)
+    return '\n'.join([*preface('What an optimizer step is worth in training', facts, TRAINING_METHOD), training_summary(df, skipped)])
 
 # %% ../../nbs/benchmark.training.ipynb #84269874
 def plot_epochs(
