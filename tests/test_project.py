@@ -33,6 +33,47 @@ def test_version_agrees(settings):
     tree = ast.parse((root/'fastxtend/__init__.py').read_text(encoding='utf-8'))
     versions = [o.value.value for o in tree.body if isinstance(o, ast.Assign) and o.targets[0].id == '__version__']
     assert versions == [settings['version']]
+    citation = (root/'CITATION.cff').read_text(encoding='utf-8')
+    assert re.findall('^version: (.*)$', citation, re.M) == [settings['version']]
+    assert re.findall('^## ([0-9.]+)$', (root/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[0] == settings['version']
+
+def test_no_placeholders():
+    "What a template leaves to be filled in"
+    for name in ('LICENSE', 'CONTRIBUTING.md', 'SECURITY.md', 'CITATION.cff', 'README.md'):
+        assert not re.search(r'\[yyyy\]|\[name of|FILL.?IN|TODO|XXX', (root/name).read_text(encoding='utf-8')), name
+
+def test_links_in_the_repository():
+    "Files that Markdown in the root links to are there, and so are their headings in Markdown"
+    def anchors(text): return {re.sub(r'[^\w -]', '', o).strip().lower().replace(' ', '-') for o in re.findall('^#+ (.*)$', text, re.M)}
+    for file in sorted(root.glob('*.md')):
+        text = file.read_text(encoding='utf-8')
+        for target in re.findall(r'\]\((?!https?:)([^)]+)\)', text):
+            name, _, anchor = target.partition('#')
+            path = root/name if name else file
+            assert path.is_file(), f'{file.name}: {target}'
+            if anchor and path.suffix == '.md': assert anchor in anchors(path.read_text(encoding='utf-8')), f'{file.name}: {target}'
+
+@pytest.mark.parametrize('file', sorted([*(root/'.github').rglob('*.yml'), root/'.pre-commit-config.yaml', root/'CITATION.cff']), ids=lambda o: o.name)
+def test_yaml_is_read(file):
+    yaml = pytest.importorskip('yaml')
+    content = yaml.safe_load(file.read_text(encoding='utf-8'))
+    assert isinstance(content, dict)
+    if file.parent.name == 'workflows': assert content['jobs'] and all('runs-on' in o and 'steps' in o for o in content['jobs'].values())
+    if file.parent.name == 'ISSUE_TEMPLATE' and file.name != 'config.yml': assert {'name', 'description', 'body'} <= content.keys()
+
+def test_targets_of_make_exist():
+    "What workflows and CONTRIBUTING.md run with make"
+    targets = {*re.findall('^([a-z-]+):', (root/'Makefile').read_text(encoding='utf-8'), re.M)}
+    files = [*(root/'.github/workflows').glob('*.yml'), root/'CONTRIBUTING.md', root/'README.md']
+    asked = {o for f in files for line in re.findall(r'^(?:.*[:`] )?`?make ([a-z -]+?)(?:  |`|$| [A-Z])', f.read_text(encoding='utf-8'), re.M) for o in line.split()}
+    assert {'docs', 'oldest', 'coverage', 'test', 'demo', 'setup'} <= asked <= targets
+
+def test_ruff_is_quiet():
+    "as in `make lint`"
+    ruff = shutil.which('ruff', path=str(Path(sys.executable).parent)) or shutil.which('ruff')
+    if not ruff: pytest.skip("ruff is not installed")
+    res = subprocess.run([ruff, 'check', 'fastxtend', 'tests', 'examples', '.ci', 'setup.py', '--no-cache'], cwd=root, capture_output=True, text=True)
+    assert res.returncode == 0, res.stdout
 
 def built(source, tmp):
     "What setup.py and pyproject.toml in the folder `source` make of it together: fields of the package's metadata, and its entry points"
@@ -119,7 +160,7 @@ def run_in(tmp, *cmd, **env):
 def project(tmp_path):
     "A small nbdev project in git with our sync check"
     pytest.importorskip('nbdev')
-    for name in ('pyproject.toml', '.ci/sync', '.ci/readme.py', 'nbs/index.ipynb', 'nbs/basics.ipynb', 'fastxtend/__init__.py'):
+    for name in ('pyproject.toml', '.ci/sync', '.ci/readme.py', 'nbs/index.ipynb', 'nbs/changelog.ipynb', 'nbs/basics.ipynb', 'fastxtend/__init__.py'):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         shutil.copy(root/name, tmp_path/name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -139,9 +180,9 @@ def test_sync(project):
     def sync(**env):
         res = run('bash', '.ci/sync', **env)
         return res.returncode, res.stdout + res.stderr
-    assert sync(CI='true') == (0, 'sync: modules, README.md and notebooks agree\n')
+    assert sync(CI='true') == (0, 'sync: modules, README.md, CHANGELOG.md and notebooks agree\n')
 
-    module, readme = path/'fastxtend/basics.py', path/'README.md'
+    module, readme, changelog = path/'fastxtend/basics.py', path/'README.md', path/'CHANGELOG.md'
     good = module.read_text()
     module.write_text(good + '# by hand\n')
     code, out = sync()
@@ -165,3 +206,9 @@ def test_sync(project):
     commit()
     code, out = sync()
     assert code == 1 and 'README.md' in out
+
+    commit()
+    changelog.write_text('# Changelog\n\nby hand\n')
+    commit()
+    code, out = sync()
+    assert code == 1 and 'CHANGELOG.md' in out and 'by hand' not in changelog.read_text()

@@ -5,22 +5,22 @@
 # %% ../../nbs/benchmark.models.ipynb #634f3bd1
 from __future__ import annotations
 
-import importlib, importlib.util, math, re
+import importlib, importlib.util, re
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from fastai.torch_basics import *
 
-try: from fastcore.script import CliError
-except ImportError:
-    class CliError(SystemExit): "An error for who types the command: fastcore has its own from version 2 on"
-
 # %% auto #0
 __all__ = ['EMB_SZS', 'MODELS', 'UnknownName', 'NotInstalled', 'look_up', 'ModelSpec', 'scaled', 'shapes_of', 'model_name',
            'model_shapes']
 
 # %% ../../nbs/benchmark.models.ipynb #de664c0b
+try: from fastcore.script import CliError
+except ImportError: # before fastcore 2
+    class CliError(SystemExit): "An error for who types the command: its message, and no traceback"
+
 class UnknownName(CliError, ValueError):
     "A name that is in no table"
 

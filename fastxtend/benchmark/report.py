@@ -163,8 +163,9 @@ def published_table(
 METHOD = ("All contestants of one optimizer on one model take turns in random order in one process, on the same parameters and gradients, each "
           "with its own state, after seven steps to warm up. A turn is one step, or as many consecutive ones as take 5 ms (unless `--turn` "
           "says otherwise) or make a round of Lookahead. Times are medians of a step; the number behind is how many times faster than "
-          "fastai native, and *noisy* says that the two spread by more than they differ (10th to 90th percentile). The share of the copy bandwidth compares the fewest bytes the algorithm has to move (Adam in float32: 28 a "
-          "parameter) with those of an in-place `a.add_(b)` on as much memory in the same contest. What fits the cache can exceed it.")
+          "fastai native, and *noisy* says that the two spread by more than they differ (10th to 90th percentile). The share of the copy "
+          "bandwidth compares the fewest bytes the algorithm has to move (Adam in float32: 28 a parameter) with those of an in-place "
+          "`a.add_(b)` on as much memory in the same contest. What fits the cache can exceed it.")
 
 def preface(
     title:str, # Of the report
