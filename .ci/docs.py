@@ -44,13 +44,43 @@ def as_on_a_terminal(text):
     lines = [o.rpartition('\r')[2] for o in text.splitlines(keepends=True)]
     return ''.join(o for o in lines if o.isspace() or not re.fullmatch(r'\s*(█|Epoch \d+/\d+ :)*\s*', o))
 
+_link, _code = re.compile(r'(!?\[[^\]]*\]\([^)]*\))'), re.compile(r'`([A-Za-z_][\w.]*)(\([^`]*\))?`')
+
+def link_line(line, url_of):
+    "`line` of Markdown with each `name` or `name(arguments)` linked to `url_of` it, if that is something; what is a link already stays as it is"
+    def linked(m): return f'[{m[0]}]({url_of(m[1])})' if url_of(m[1]) else m[0]
+    return ''.join(o if i % 2 else _code.sub(linked, o) for i,o in enumerate(_link.split(line)))
+
+def lookup():
+    "nbdev's table of names, in which those of the public interface come before those of internals, and `learn` is a `Learner`"
+    from nbdev.doclinks import NbdevLookup
+    from fastxtend import basics
+    class Lookup(NbdevLookup):
+        def __init__(self):
+            super().__init__()
+            for name in basics.__all__:
+                module = getattr(basics, name).__module__
+                page = f"{module.removeprefix('fastxtend.')}.html#{name.lower()}"
+                self.syms = {**self.syms, name: self.syms.get(f'{module}.{name}', (page, '', ''))}
+
+        def doc(self, sym): return super().doc(re.sub('^learn[.]', 'Learner.', sym))
+        def link_line(self, line): return link_line(line, self.doc)
+    return Lookup()
+
 def processors():
-    "nbdev's processors, with one that runs all cells in place of the one that runs what `show_doc` needs"
+    "nbdev's processors, with one that runs all cells in place of the one that runs what `show_doc` needs, and links of our own"
     from fastcore.nbio import does_cell_eval, mk_cell
     from nbdev.config import get_config
     from nbdev.process import Processor
-    from nbdev.processors import FilterDefaults, add_show_docs, exec_show_docs
+    from nbdev.processors import FilterDefaults, add_links, add_show_docs, exec_show_docs
     skip = set(get_config().tst_flags.split())
+    table = lookup()
+
+    def link(cell):
+        "nbdev links a name in backticks also where it is the text of a link, which then is none"
+        if cell.cell_type == 'markdown': cell.source = table.linkify(cell.source)
+        for o in cell.get('outputs', []):
+            if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = table.linkify(''.join(o['data']['text/markdown']))
 
     class TitleApart(Processor):
         "`FrontmatterProc` drops the cell with the title: what stands below title and description becomes a cell of its own"
@@ -86,7 +116,7 @@ def processors():
 
     class Site(FilterDefaults):
         def base_procs(self):
-            ours = {add_show_docs: [add_show_docs, InOrder], exec_show_docs: [Run]}
+            ours = {add_show_docs: [add_show_docs, InOrder], exec_show_docs: [Run], add_links: [link]}
             return [TitleApart, *(p for o in super().base_procs() for p in ours.get(o, [o]))]
     return Site()
 
@@ -121,6 +151,26 @@ def prepare(workers):
     with ThreadPoolExecutor(workers) as pool: built = [*pool.map(lambda nb: build_apart(nb, threads), todo)]
     if not all(built): sys.exit(f'{built.count(False)} notebooks failed')
 
+def mend_sources(text, url):
+    "Links from a page's functions to their source: at `url`, or none if the repository has no address"
+    return re.sub(r'<a href="/?(blob/[^"]*)"([^>]*)>source</a>', rf'<a href="{url}/\1"\2>source</a>' if url else '', text)
+
+def mend_cells(text):
+    "A number in a table stays on a line with its unit"
+    return re.sub(r'(<t[dh][^>]*>)(.*?)(?=</t[dh]>)', lambda m: m[1] + re.sub(r'(?<=\d) (?=(ms|s|MB|GB/s|million)\b)', '\N{NO-BREAK SPACE}', m[2]), text, flags=re.S)
+
+def rank_search(folder, internals):
+    "What users look for comes before internals, which are found by their names only"
+    path = folder/'search.json'
+    entries = json.loads(path.read_text(encoding='utf-8'))
+    def is_internal(o): return o['href'].partition('#')[0] in internals
+    for o in filter(is_internal, entries): o['text'] = ''
+    path.write_text(json.dumps(sorted(entries, key=is_internal), ensure_ascii=False), encoding='utf-8')
+
+def internal_pages(config):
+    "Pages in the last section of the sidebar, from the settings of the site"
+    return {Path(o if isinstance(o, str) else o['href']).with_suffix('.html').name for o in config['website']['sidebar']['contents'][-1]['contents']}
+
 def mend_links(folder):
     """nbdev links every name in backticks that the package defines, also those that no page describes under a heading of their own: a method
     to its class then, and all else to its page"""
@@ -131,16 +181,19 @@ def mend_links(folder):
         known = [o for o in (anchor, anchor.partition('.')[0]) if o in ids.get(page, {anchor})]
         return f'href="{page}{"#" + known[0] if known else ""}"><code>'
     for name, text in pages.items():
+        text = mend_cells(mend_sources(text, git_url()))
         (folder/name).write_text(re.sub(r'href="([\w.]+\.html)#([^"]+)"><code>', mended, text), encoding='utf-8')
 
 def render():
     "The site in `_docs`, with KaTeX in it instead of links to a server. Returns what smalldocs complained about"
+    import yaml
     from smalldocs import config, layout, site
     layout.KATEX = 'site_libs/katex'
     docs = site.Site(config.load(proc))
     docs.out = out
     docs.build()
     mend_links(out)
+    rank_search(out, internal_pages(yaml.safe_load((nbs/'_quarto.yml').read_text(encoding='utf-8'))))
     shutil.copytree(katex, out/'site_libs/katex', ignore=shutil.ignore_patterns('*.mjs', '*.ttf', '*.woff', 'README.md'))
     (out/'.nojekyll').touch()
     for_quarto = 'output-file is not read by smalldocs', 'html-math-method is ignored'

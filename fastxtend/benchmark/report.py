@@ -213,7 +213,7 @@ def step_report(
 COLORS = dict(native='#7f7f7f', foreach='#1f77b4', jit='#2ca02c', fused='#d62728', torch_loop='#c7c7c7', torch_foreach='#aec7e8',
               torch_fused='#ff9896', torch_compiled='#c5b0d5', optimi='#ffbb78', timm='#c49c94')
 
-def _axes(n, width=5., height=3., most=3):
+def _axes(n, width=5., height=3., most=2):
     "`n` axes in rows of at most `most`"
     import matplotlib.pyplot as plt
     cols = min(n, most)
