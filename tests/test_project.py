@@ -124,6 +124,16 @@ def test_what_is_built(settings, metadata):
     scripts = dict(o.split('=') for o in settings['console_scripts'].split())
     assert (dict(entries['console_scripts']) if scripts else {}) == scripts
 
+def test_types_are_published():
+    "`py.typed` tells type checkers to read the annotations, in which what can be called is a `Callable`: `callable` is a function"
+    assert (root/'fastxtend/py.typed').is_file()
+    later = {'optimizer', 'steps.py'}
+    for path in (root/'fastxtend').rglob('*.py'):
+        if later & {*path.relative_to(root).parts}: continue
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding='utf-8')))]
+        annotations = [a for o in nodes for a in (getattr(o, 'annotation', None), getattr(o, 'returns', None)) if a]
+        assert not any(getattr(o, 'id', None) == 'callable' for a in annotations for o in ast.walk(a)), path
+
 def test_console_scripts_exist(settings):
     for script in settings['console_scripts'].split():
         module, name = script.split('=')[1].split(':')

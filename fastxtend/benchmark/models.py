@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib, importlib.util, re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -67,7 +68,7 @@ class ModelSpec:
     "A model whose parameter shapes are known by name"
     name:str # What it is called in tables and on the command line
     package:str # Optional package it comes from, or fastai
-    build:callable # Returns the model
+    build:Callable[[], nn.Module] # Returns the model
     scale:float=1. # Each dimension is multiplied by this, and is 1 at least
 
 MODELS = {o.name: o for o in (

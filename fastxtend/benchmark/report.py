@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata, math, os, platform
+from collections.abc import Callable
 from datetime import date
 
 import numpy as np, pandas as pd, torch
@@ -56,7 +57,7 @@ def frame(
 def pivot(
     df:pd.DataFrame, # Results
     rows:list, # Columns that tell the rows apart
-    cell:callable, # Text of one result
+    cell:Callable, # Text of one result
     columns:str='backend', # Column that becomes the columns
 ) -> str:
     "A Markdown table of `df`, in the order of its rows"

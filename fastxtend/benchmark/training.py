@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math, random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np, pandas as pd, torch
@@ -30,7 +31,7 @@ def _loaders(xs, y, n_valid, bs, device):
     return DataLoaders(dl(idxs[n_valid:], shuffle=True, drop_last=True), dl(idxs[:n_valid]), device=device)
 
 def digits(
-    opt_func:callable, # What makes the optimizer
+    opt_func:Callable, # What makes the optimizer
     device:str='cpu', # Where to train
     bs:int=64, # Batch size
 ) -> Learner:
@@ -42,7 +43,7 @@ def digits(
     return Learner(_loaders([x], y, 360, bs, device), xresnet18(c_in=1, n_out=10), CrossEntropyLossFlat(), opt_func=opt_func)
 
 def tabular(
-    opt_func:callable, # What makes the optimizer
+    opt_func:Callable, # What makes the optimizer
     device:str='cpu', # Where to train
     bs:int=512, # Batch size
     n:int=8192+1024, # Number of rows, of which 1024 are for validation
@@ -120,7 +121,7 @@ class TrainingBenchmark:
 
     def run(self,
         epochs:int=5, # Epochs to measure, after one to warm up
-        progress:callable=None, # Wraps the list of what is to do, such as fastprogress's `progress_bar`
+        progress:Callable|None=None, # Wraps the list of what is to do, such as fastprogress's `progress_bar`
     ) -> list[Trained]:
         "Train everything. Ctrl-C stops it and keeps what was measured"
         todo = [(t, o, i) for t in self.tasks for o in self.optimizers for i in range(epochs + 1)]
