@@ -146,6 +146,7 @@ def prepare(workers):
         if not (nbs/o.name).exists(): o.unlink()
     (proc/'_quarto.yml').write_text(site_config((nbs/'_quarto.yml').read_text(encoding='utf-8'), git_url()), encoding='utf-8')
     shutil.copy(nbs/'styles.css', proc/'styles.css')
+    shutil.copytree(nbs/'images', proc/'images', dirs_exist_ok=True)
     todo = [nb for nb in sources if not is_built(nb, depends_on(nb))]
     threads = max(1, os.cpu_count() // workers)
     with ThreadPoolExecutor(workers) as pool: built = [*pool.map(lambda nb: build_apart(nb, threads), todo)]

@@ -7,8 +7,9 @@ pages = {'README.md': 'index', 'CHANGELOG.md': 'changelog'}
 hidden = re.compile(r'^#\|\s*(hide|default_exp|eval|echo: *false)', re.M)
 
 def linked(source):
-    "Markdown with links to where pages are in the repository"
-    return re.sub(r'(?<=\]\()(?:index\.ipynb(#)|([\w.]+\.ipynb))', lambda o: 'README.md#' if o[1] else f'nbs/{o[2]}', source)
+    "Markdown with links to where pages and images are in the repository, and to files in its root that the site has not"
+    source = re.sub(r'(?<=\]\()(?:index\.ipynb(#)|([\w.]+\.ipynb|images/))', lambda o: 'README.md#' if o[1] else f'nbs/{o[2]}', source)
+    return re.sub(r'`((CONTRIBUTING|SECURITY|CHANGELOG)\.md)`', r'[`\1`](\1)', source)
 
 def text(cell):
     "Markdown of a cell, or nothing"

@@ -81,11 +81,22 @@ def test_readme_states_the_versions():
 def test_readme_states_what_was_measured():
     "Each line of its table of times is in a report"
     reports = '\n'.join((root/'benchmarks'/f'{n}.md').read_text() for n in ('cpu', 'cpu_deberta'))
-    lines = re.findall(r'^\| ([\w-]+) \| [\d.]+ million in \d+ \| (.*) \|$', (root/'README.md').read_text(), re.M)
-    assert len(lines) == 6
-    for model,cells in lines:
-        adam = re.search(rf'### {model}\n.*?\| Adam \| ([^\n]*) \|\n', reports, re.S)[1]
-        assert set(cells.split(' | ')) < set(adam.split(' | '))
+    readme = (root/'README.md').read_text(encoding='utf-8')
+    lines = re.findall(r'^\| ([\w-]+) \| ([\d.]+ ms \| .*) \| ([\d.]+) \| (\d+) \|$', readme, re.M)
+    assert len(lines) == 6 and '| native | `fused` | `torch.optim` | `foreach` | `jit` | million | tensors |' in readme
+    for model,cells,million,tensors in lines:
+        size, adam = re.search(rf'### {model}\n\n(.*?)\n.*?\| Adam \| ([^\n]*) \|\n', reports, re.S).groups()
+        native, foreach, jit, fused, _, torch_fused = adam.split(' | ')
+        assert cells.split(' | ') == [native, fused, torch_fused, foreach, jit]
+        assert size == f'{tensors} tensors, {million} million parameters'
+
+def test_readme_states_what_training_gains():
+    "Its first sentence has two figures of each of the two trainings, for steps and epochs"
+    report = (root/'benchmarks/training.md').read_text(encoding='utf-8')
+    fused = re.findall(r'\| Adam \| fused \| .*?\*\*([\d.]+)x\*\*.*?\*\*([\d.]+)x\*\*', report)
+    readme = (root/'README.md').read_text(encoding='utf-8')
+    told = re.search(r'a step of Adam is ([\d.]+) times .* epoch ([\d.]+) times .* it is ([\d.]+) and ([\d.]+) times', readme).groups()
+    assert told == tuple(o for epoch,step in fused for o in (step, epoch))
 
 def test_docs_requirements_are_pinned():
     pinned = {o.split('==')[0] for o in (root/'constraints.txt').read_text().splitlines()}
