@@ -63,7 +63,9 @@ def lookup():
                 page = f"{module.removeprefix('fastxtend.')}.html#{name.lower()}"
                 self.syms = {**self.syms, name: self.syms.get(f'{module}.{name}', (page, '', ''))}
 
-        def doc(self, sym): return super().doc(re.sub('^learn[.]', 'Learner.', sym))
+        def doc(self, sym):
+            found = super().doc(re.sub('^learn[.]', 'Learner.', sym))
+            return found and found.removeprefix('/')
         def link_line(self, line): return link_line(line, self.doc)
     return Lookup()
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-raw = re.compile(r'\]\([^)\s]*\)|\*\*\S|`|^#+ \S|\|[ :-]*--|:::|\{#[\w-]+\}|^\s*- search:', re.M)
+raw = re.compile(r'\]\([^)\s]*\)|\*\*\S|`|^#+ \S|\|[ :-]*--[ :-]*\||:::|\{#[\w-]+\}|^\s*- search:', re.M)
 
 class Page(HTMLParser):
     """What a page has and wants: `ids`, `links` (addresses in `<a>`), `loads` (what a browser fetches for it), `bare` images without `alt`, `raw`
@@ -56,7 +56,7 @@ def check(folder):
             if urlsplit(address).netloc: yield path.name, f'{address} is loaded from another server'
         for name, n in page.ids.items():
             if n > 1: yield path.name, f'id {name} is there {n} times'
-        for what in page.raw: yield path.name, f'shows Markdown as it was written: {what}'
+        for what in dict.fromkeys(page.raw): yield path.name, f'shows Markdown as it was written: {what}'
         if page.bare: yield path.name, f'{page.bare} images have no alternative text (#| fig-alt: ...)'
     for css in folder.rglob('*.css'):
         if '@import url("http' in (text := css.read_text(encoding='utf-8')) or '@import url(http' in text: yield css.name, 'imports from another server'
