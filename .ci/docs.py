@@ -51,6 +51,10 @@ def link_line(line, url_of):
     def linked(m): return f'[{m[0]}]({url_of(m[1])})' if url_of(m[1]) else m[0]
     return ''.join(o if i % 2 else _code.sub(linked, o) for i,o in enumerate(_link.split(line)))
 
+def mend_sources(text, url):
+    "Links in Markdown from a function to its source: at `url`, or none if the repository has no address"
+    return re.sub(r'\[source\]\((?:https?://[^)]*?)?/?(blob/[^)#]*)(#L\d+)?[^)]*\)(\{[^}]*\})?\n*', rf'[source]({url}/\1\2)\3\n\n' if url else '', text)
+
 def lookup():
     "nbdev's table of names, in which those of the public interface come before those of internals, and `learn` is a `Learner`"
     from nbdev.doclinks import NbdevLookup
@@ -82,7 +86,7 @@ def processors():
         "nbdev links a name in backticks also where it is the text of a link, which then is none"
         if cell.cell_type == 'markdown': cell.source = table.linkify(cell.source)
         for o in cell.get('outputs', []):
-            if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = table.linkify(''.join(o['data']['text/markdown']))
+            if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = mend_sources(table.linkify(''.join(o['data']['text/markdown'])), git_url())
 
     class TitleApart(Processor):
         "`FrontmatterProc` drops the cell with the title: what stands below title and description becomes a cell of its own"
@@ -154,10 +158,6 @@ def prepare(workers):
     with ThreadPoolExecutor(workers) as pool: built = [*pool.map(lambda nb: build_apart(nb, threads), todo)]
     if not all(built): sys.exit(f'{built.count(False)} notebooks failed')
 
-def mend_sources(text, url):
-    "Links from a page's functions to their source: at `url`, or none if the repository has no address"
-    return re.sub(r'<a href="/?(blob/[^"]*)"([^>]*)>source</a>', rf'<a href="{url}/\1"\2>source</a>' if url else '', text)
-
 def mend_cells(text):
     "A number in a table stays on a line with its unit"
     return re.sub(r'(<t[dh][^>]*>)(.*?)(?=</t[dh]>)', lambda m: m[1] + re.sub(r'(?<=\d) (?=(ms|s|MB|GB/s|million)\b)', '\N{NO-BREAK SPACE}', m[2]), text, flags=re.S)
@@ -184,8 +184,7 @@ def mend_links(folder):
         known = [o for o in (anchor, anchor.partition('.')[0]) if o in ids.get(page, {anchor})]
         return f'href="{page}{"#" + known[0] if known else ""}"><code>'
     for name, text in pages.items():
-        text = mend_cells(mend_sources(text, git_url()))
-        (folder/name).write_text(re.sub(r'href="([\w.]+\.html)#([^"]+)"><code>', mended, text), encoding='utf-8')
+        (folder/name).write_text(re.sub(r'href="([\w.]+\.html)#([^"]+)"><code>', mended, mend_cells(text)), encoding='utf-8')
 
 def render():
     "The site in `_docs`, with KaTeX in it instead of links to a server. Returns what smalldocs complained about"

@@ -172,9 +172,10 @@ def test_numbers_stay_with_their_units():
 
 def test_links_to_the_source():
     import docs
-    page = 'a <a href="/blob/main/fastxtend/a.py#L3" target="_blank">source</a> b <a href="b.html">source</a>'
-    assert docs.mend_sources(page, 'https://example.com/x') == page.replace('/blob', 'https://example.com/x/blob', 1)
-    assert docs.mend_sources(page, '') == 'a  b <a href="b.html">source</a>'
+    page = '---\n\n[source](/blob/main/fastxtend/a.py#L{}){{target="_blank"}}\n\n### f\n\n[source](b.ipynb)'
+    assert docs.mend_sources(page.format(3), 'https://example.com/x') == page.format(3).replace('/blob', 'https://example.com/x/blob')
+    assert docs.mend_sources(page.format('None'), 'https://example.com/x') == page.replace('#L{}', '').replace('/blob', 'https://example.com/x/blob').replace('{{', '{').replace('}}', '}')
+    assert docs.mend_sources(page.format(3), '') == '---\n\n### f\n\n[source](b.ipynb)'
 
 def test_internals_come_last_in_the_search(tmp_path):
     import docs, json
