@@ -56,7 +56,7 @@ def mend_sources(text, url):
     return re.sub(r'\[source\]\((?:https?://[^)]*?)?/?(blob/[^)#]*)(#L\d+)?[^)]*\)(\{[^}]*\})?\n*', rf'[source]({url}/\1\2)\3\n\n' if url else '', text)
 
 def lookup():
-    "nbdev's table of names, in which those of the public interface come before those of internals, and `learn` is a `Learner`"
+    "nbdev's table of names, in which those of the public interface come before those of internals, and methods of `Learner` need no class"
     from nbdev.doclinks import NbdevLookup
     from fastxtend import basics
     class Lookup(NbdevLookup):
@@ -68,7 +68,7 @@ def lookup():
                 self.syms = {**self.syms, name: self.syms.get(f'{module}.{name}', (page, '', ''))}
 
         def doc(self, sym):
-            found = super().doc(re.sub('^learn[.]', 'Learner.', sym))
+            found = super().doc(re.sub('^learn[.]', 'Learner.', sym)) or super().doc(f'Learner.{sym}')
             return found and found.removeprefix('/')
         def link_line(self, line): return link_line(line, self.doc)
     return Lookup()

@@ -161,7 +161,8 @@ def test_public_names_come_before_internals():
     table = docs.lookup()
     assert table.doc('sgd') == table.doc('SGD') == 'optimizer.fused.html#sgd'
     assert table.doc('learn.profile') == table.doc('Learner.profile') == 'callback.profiler.html#learner.profile'
-    assert table.doc('no_such_name') is None
+    assert table.doc('fit_flat_varied') == table.doc('Learner.fit_flat_varied') == 'schedulers.html#learner.fit_flat_varied'
+    assert table.doc('no_such_name') is None and table.doc('no_such_name.step') is None
     cell = dict(cell_type='markdown', source='[`SGD`](#sgd) and `sgd`')
     assert table.linkify(cell['source']) == '[`SGD`](#sgd) and [`sgd`](optimizer.fused.html#sgd)'
 
