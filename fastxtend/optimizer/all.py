@@ -10,6 +10,7 @@ from .declare import *
 from .foreach import *
 from .fused import *
 from .kernels import FusedLookahead, FusedOptimizer
+from .lion import *
 from .table import OPTIMIZERS
 from .torchscript import JitLookahead, JitOptimizer
 
