@@ -11,6 +11,7 @@ from .foreach import *
 from .fused import *
 from .kernels import FusedLookahead, FusedOptimizer
 from .lion import *
+from .nadam import *
 from .table import OPTIMIZERS
 from .torchscript import JitLookahead, JitOptimizer
 
