@@ -12,6 +12,7 @@ from .fused import *
 from .kernels import FusedLookahead, FusedOptimizer
 from .lion import *
 from .nadam import *
+from .stableadam import *
 from .table import OPTIMIZERS
 from .torchscript import JitLookahead, JitOptimizer
 
