@@ -6,10 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/optimizer.all.ipynb #2773dd2f
+from .adan import *
+from .adopt import *
 from .declare import *
 from .foreach import *
 from .fused import *
 from .kernels import FusedLookahead, FusedOptimizer
+from .lion import *
+from .nadam import *
+from .stableadam import *
 from .table import OPTIMIZERS
 from .torchscript import JitLookahead, JitOptimizer
 

@@ -105,7 +105,7 @@ def stepper(
     return decorate
 
 # %% ../../nbs/optimizer.steppers.ipynb #c33891c8
-def _decay(lr, wd, do_wd): return 1 - lr*wd if do_wd else 1.
+def _decay(lr, wd, do_wd): return where(do_wd, 1. - lr*wd, 1.)
 def _l2(wd, do_wd): return wd if do_wd else 0.
 
 @stepper('p', role='decay', decay=folded(_decay))

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 
+from torch import Tensor
+
 from .steppers import Composition, args_of, average_grad, average_sqr_grad, compose, decay, picked, slot, stepper, switches
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'OptimizerSpec', 'slots_of', 'known_slots', 'spec_slots', 'unwrapped', 'step_args', 'spec_of']
+__all__ = ['OPTIMIZERS', 'FACTS', 'OptimizerSpec', 'slots_of', 'known_slots', 'spec_slots', 'unwrapped', 'step_args', 'spec_of']
 
 # %% ../../nbs/optimizer.table.ipynb #5e5bd1d3
 OPTIMIZERS = {} # Name to `OptimizerSpec`
+FACTS = dict(numel=Tensor.numel, ndim=Tensor.dim) # What steppers may ask about a parameter, as a scalar
 
 def _named(name): return OPTIMIZERS[name]
 
@@ -41,7 +44,7 @@ class OptimizerSpec:
     @cached_property
     def given(self):
         "Names of the scalars that do not come from steppers; `None` if that is not known"
-        return None if self.hypers is None else frozenset({'lr', 'do_wd', *self.hypers, *self.options})
+        return None if self.hypers is None else frozenset({'lr', 'do_wd', *FACTS, *self.hypers, *self.options})
 
     @cached_property
     def defaults(self): "Default values of the constructor's arguments, without `lr` and flags"; return {n: v for n,v in {**(self.hypers or {}), **self.options}.items() if n not in self.hidden}
