@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np, torch
 from fastai.optimizer import Optimizer
@@ -43,6 +44,7 @@ def repeats(
     return res
 
 # %% ../../nbs/optimizer.core.ipynb #72c0bdc8
+@lru_cache(None)
 def facts_in(
     composition:Composition, # What is to be done
 ) -> tuple[str, ...]:
