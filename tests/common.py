@@ -1,7 +1,7 @@
 "What the tests of the optimizers share: the table's rows, parameters, gradients, schedules and tolerances"
 from __future__ import annotations
 
-import inspect, io, math
+import inspect, io, itertools, math, os
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
@@ -61,6 +61,20 @@ def defaults(name):
 def moms(name):
     "The values of `mom` that make a different optimizer: none is as good as any unless it keeps less state"
     return (0., .9) if slots_of(name, 0.) != slots_of(name) else (.9,)
+
+SOAK = bool(os.environ.get('SOAK')) # All combinations of everything, for `make soak`
+
+def combinations(name, *axes):
+    """Combinations of values, one from each axis: all of them for fastai's eight, whose oracle is fastai itself, and in a soak test;
+    else few, in which every pair of values occurs"""
+    every = list(itertools.product(*axes))
+    if SOAK or OPTIMIZERS[name].native is not None: return every
+    def pairs(c): return {(i, c[i], j, c[j]) for j in range(len(c)) for i in range(j)}
+    chosen, todo = [], set().union(*map(pairs, every))
+    while todo:
+        chosen.append(max(every, key=lambda c: len(pairs(c) & todo)))
+        todo -= pairs(chosen[-1])
+    return chosen
 
 def make_params(shapes, dtype=torch.float32, seed=0):
     "Leaves of the given shapes, which are values of a dict or a list"
