@@ -110,6 +110,7 @@ def unwrapped(
     "The function itself"
     return unwrapped(step.func) if isinstance(step, partial) else step
 
+@lru_cache(None)
 def step_args(
     step:Callable, # A step function or a `partial` of one that translates names
 ) -> tuple[tuple[str, str], ...]:
