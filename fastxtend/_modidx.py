@@ -1349,6 +1349,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'fastxtend/optimizer/wrapper.py'),
                                              'fastxtend.optimizer.wrapper.TorchOptimizer.zero_grad': ( 'optimizer.wrapper.html#torchoptimizer.zero_grad',
                                                                                                        'fastxtend/optimizer/wrapper.py'),
+                                             'fastxtend.optimizer.wrapper.first_state': ( 'optimizer.wrapper.html#first_state',
+                                                                                          'fastxtend/optimizer/wrapper.py'),
                                              'fastxtend.optimizer.wrapper.hyper_names': ( 'optimizer.wrapper.html#hyper_names',
                                                                                           'fastxtend/optimizer/wrapper.py'),
                                              'fastxtend.optimizer.wrapper.needs_closure': ( 'optimizer.wrapper.html#needs_closure',

@@ -5,6 +5,8 @@ import inspect, io, itertools, math, os
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import numpy as np, torch
 from fastai.callback.schedule import combined_cos
@@ -179,6 +181,11 @@ def snapshot_without_grads(steps, opt, params):
     snap = snapshot(opt, params)
     del snap['grads']  # native adds L2 regularization to them
     return snap
+
+def has_triton():
+    "Is there a Triton that the CUDA kernels can use?"
+    if find_spec('triton') is None: return False
+    return tuple(map(int, version('triton').split('.')[:2])) >= (3, 5)
 
 def saved_and_loaded(sd, weights_only=True):
     "`sd` after a way through a file"
