@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/optimizer.all.ipynb #2773dd2f
 from .adan import *
+from .ademamix import *
 from .adopt import *
 from .declare import *
 from .foreach import *
