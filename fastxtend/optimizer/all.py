@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/optimizer.all.ipynb #2773dd2f
+from .adabelief import *
 from .adan import *
 from .ademamix import *
 from .adopt import *
