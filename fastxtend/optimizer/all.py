@@ -14,6 +14,7 @@ from .declare import *
 from .foreach import *
 from .fused import *
 from .kernels import FusedLookahead, FusedOptimizer
+from .laprop import *
 from .lion import *
 from .nadam import *
 from .stableadam import *
