@@ -16,6 +16,7 @@ from .fused import *
 from .kernels import FusedLookahead, FusedOptimizer
 from .laprop import *
 from .lion import *
+from .mars import *
 from .nadam import *
 from .stableadam import *
 from .table import OPTIMIZERS
