@@ -156,7 +156,9 @@ def distance(a, b, leave_out=0.):
     if not a.numel(): return 0.
     return float((a - b).abs().sort().values[-1 - int(leave_out*a.numel())])/max(float(a.abs().max()), floor)/eps
 
-def compare(a, b, path='', ratio_name='local_lr', leave_out=0.):
+KEPT = {n for spec in OPTIMIZERS.values() for n in spec.kept} # Scalars that are left in the state: learning rates of layers
+
+def compare(a, b, path='', leave_out=0.):
     "Pairs of a path and a distance, of all tensors in two snapshots; everything else has to be equal"
     if isinstance(a, dict):
         assert set(a) == set(b), f"{path}: {sorted(a)} and {sorted(b)}"
@@ -164,7 +166,7 @@ def compare(a, b, path='', ratio_name='local_lr', leave_out=0.):
     elif isinstance(a, (list, L)):
         assert len(a) == len(b), path
         for i,(x,y) in enumerate(zip(a, b)): yield from compare(x, y, f'{path}[{i}]', leave_out=leave_out)
-    elif path.endswith(ratio_name): # native keeps a number or a tensor, as the case may be
+    elif path.rpartition('.')[2] in KEPT: # native keeps a number or a tensor, as the case may be
         yield path, distance(*(torch.tensor([float(x)]) for x in (a, b)))
     elif isinstance(a, Tensor): yield path, distance(a, b, leave_out)
     elif isinstance(a, np.ndarray): assert np.array_equal(a, b), path

@@ -89,7 +89,7 @@ def data_is(change):
 def slot_is(change, name=None):
     def prepare(opt, params):
         state = opt.state[params[1]]
-        slot = name or next(k for k,v in state.items() if isinstance(v, Tensor) and k != 'local_lr')
+        slot = name or next(k for k,v in state.items() if isinstance(v, Tensor) and k not in KEPT)
         state[slot] = change(state[slot])
         return opt.step
     return prepare
@@ -155,7 +155,7 @@ def each_state(change): return lambda sd: {**sd, 'state': [change(s) for s in sd
 def each_slot(change):
     "One slot of each parameter"
     def changed(state):
-        slot = next(k for k,v in state.items() if isinstance(v, Tensor) and k != 'local_lr')
+        slot = next(k for k,v in state.items() if isinstance(v, Tensor) and k not in KEPT)
         return {**state, slot: change(state[slot])}
     return each_state(changed)
 

@@ -300,9 +300,10 @@ class LookaheadMixin:
     def __init__(self, *args,
         k:int=6, # How often to conduct Lookahead step
         alpha:float=0.5, # Slow weight moving average coefficient
+        options:dict=None, # Settings that are no hyperparameters
         **kwargs
     ):
-        super().__init__(*args, options=dict(alpha=alpha), **kwargs)
+        super().__init__(*args, options={**(options or {}), 'alpha': alpha}, **kwargs)
         if k < 1: raise ValueError(f"Lookahead synchronises every `k` steps, which cannot be {k}")
         self.k = k
         self._init_state()
