@@ -40,6 +40,13 @@ def slots_of(name, mom=.9): return OPTIMIZERS[name].slots(**(dict(mom=mom) if 'm
 
 def norms_of(name): return bool(OPTIMIZERS[name].composition().sums)
 
+# Where a step takes a sign, an element may turn round by a rounding error: of a million elements in a hundred steps, two were seen to
+TURNED = 1e-5
+
+def turns(name):
+    "The share of elements that may be anywhere: none, unless a stepper takes a sign"
+    return TURNED if any('sign' in f.__code__.co_names for s in OPTIMIZERS[name].composition().stages for f in s.functions.values()) else 0.
+
 def flags(way): return {} if way == 'native' else {way: True}
 
 def build(name, params, way='native', lr=.01, **kwargs):
@@ -119,9 +126,9 @@ def lookahead(opt):
     if getattr(opt, 'count', None) is None: return {}
     return dict(count=opt.count, slow_weights=[list(pg) for pg in opt.slow_weights or []])
 
-def distance(a, b):
+def distance(a, b, leave_out=0.):
     """Greatest difference between two tensors in units of eps, relative to the greatest element; infinite if only one has a NaN somewhere.
-    A lone number may come close to zero by cancellation: it is taken for at least .1"""
+    A lone number may come close to zero by cancellation: it is taken for at least .1. The share `leave_out` of elements may differ more"""
     a, b = a.detach(), b.detach()
     assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
     assert a.layout == b.layout and a.device == b.device, (a.layout, b.layout, a.device, b.device)
@@ -130,25 +137,26 @@ def distance(a, b):
     if not torch.equal(a.isfinite(), b.isfinite()) or not torch.equal(a[~a.isfinite()].nan_to_num(), b[~b.isfinite()].nan_to_num()): return math.inf
     floor, eps = .1 if a.ndim == 0 else torch.finfo(torch.float32).tiny, torch.finfo(a.dtype).eps
     a, b = (x[x.isfinite()].double() for x in (a, b))
-    return float((a - b).abs().max())/max(float(a.abs().max()), floor)/eps if a.numel() else 0.
+    if not a.numel(): return 0.
+    return float((a - b).abs().sort().values[-1 - int(leave_out*a.numel())])/max(float(a.abs().max()), floor)/eps
 
-def compare(a, b, path='', ratio_name='local_lr'):
+def compare(a, b, path='', ratio_name='local_lr', leave_out=0.):
     "Pairs of a path and a distance, of all tensors in two snapshots; everything else has to be equal"
     if isinstance(a, dict):
         assert set(a) == set(b), f"{path}: {sorted(a)} and {sorted(b)}"
-        for k in a: yield from compare(a[k], b[k], f'{path}.{k}')
+        for k in a: yield from compare(a[k], b[k], f'{path}.{k}', leave_out=leave_out)
     elif isinstance(a, (list, L)):
         assert len(a) == len(b), path
-        for i,(x,y) in enumerate(zip(a, b)): yield from compare(x, y, f'{path}[{i}]')
+        for i,(x,y) in enumerate(zip(a, b)): yield from compare(x, y, f'{path}[{i}]', leave_out=leave_out)
     elif path.endswith(ratio_name): # native keeps a number or a tensor, as the case may be
         yield path, distance(*(torch.tensor([float(x)]) for x in (a, b)))
-    elif isinstance(a, Tensor): yield path, distance(a, b)
+    elif isinstance(a, Tensor): yield path, distance(a, b, leave_out)
     elif isinstance(a, np.ndarray): assert np.array_equal(a, b), path
     else: assert a == b or (a != a and b != b), f"{path}: {a} and {b}"
 
-def assert_same(expected, got, tolerance=0.):
+def assert_same(expected, got, tolerance=0., leave_out=0.):
     "Two snapshots are equal but for `tolerance` units of eps in each tensor; the greatest distance"
-    worst = max(compare(expected, got), key=lambda o: o[1], default=('', 0.))
+    worst = max(compare(expected, got, leave_out=leave_out), key=lambda o: o[1], default=('', 0.))
     assert worst[1] <= tolerance, f"{worst[0]} is {worst[1]:.1f} eps away, and {tolerance} are allowed"
     return worst[1]
 
