@@ -18,10 +18,10 @@ from .batch import Batch, as_number, check_batch, check_params, check_tensors, c
 from .plan import Engine, Plan, Ran, look, make_plan, run
 from .probe import Probe, is_sharded, sharing_memory
 from .steppers import Composition, picked, switches
-from .table import OPTIMIZERS, OptimizerSpec, known_slots, slots_of
+from .table import FACTS, OPTIMIZERS, OptimizerSpec, known_slots, slots_of
 
 # %% auto #0
-__all__ = ['distinct', 'repeats', 'Layout', 'FastOptimizer', 'LookaheadMixin']
+__all__ = ['distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -43,6 +43,12 @@ def repeats(
     return res
 
 # %% ../../nbs/optimizer.core.ipynb #72c0bdc8
+def facts_in(
+    composition:Composition, # What is to be done
+) -> tuple[str, ...]:
+    "Names of the `FACTS` it asks for"
+    return tuple(n for n in FACTS if n in composition.hypers)
+
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
 
 @dataclass(eq=False)
@@ -56,7 +62,7 @@ class Layout:
     states:list # State dict of each
     again:list # How many times each occurs before: a parameter that is listed twice steps twice
     kinds:tuple=None # What tells rows apart, when `keys` was made
-    keys:list=None # Of the rows: group, `do_wd`, how often before, and last counters
+    keys:list=None # Of the rows: group, `do_wd`, how often before, facts, and last counters
     row_ids:np.ndarray=None # Row of each parameter
     row_list:list=None # The same as a list
 
@@ -73,9 +79,11 @@ class Layout:
 
     def rows(self,
         counters:dict, # Name of each counter to its first value
-    ) -> list[tuple]: # Group, `do_wd`, how often the parameter occurs before, and last counters of each row
+        facts:tuple=(), # Names of those of `FACTS` that are needed
+    ) -> list[tuple]: # Group, `do_wd`, how often the parameter occurs before, facts, and last counters of each row
         "The rows that are needed, and in `row_ids` which parameter needs which"
-        kinds = [s.get('do_wd', True) for s in self.states], *([s.get(n, start) for s in self.states] for n,start in counters.items())
+        known = [tuple(FACTS[n](p) for n in facts) for p in self.params] if facts else [()]*len(self.params)
+        kinds = [s.get('do_wd', True) for s in self.states], known, *([s.get(n, start) for s in self.states] for n,start in counters.items())
         if kinds != self.kinds:
             self.keys, row_ids = distinct(self.groups, kinds[0], self.again, *kinds[1:])
             self.kinds, self.row_ids, self.row_list = kinds, np.array(row_ids, np.int64), row_ids
@@ -86,8 +94,8 @@ class Layout:
     ):
         "All have stepped: the same rows, with other counters"
         new = [[c[i] for i in self.row_list] for c in counts]
-        self.kinds = self.kinds[0], *new
-        self.keys = [(*k[:3], *c) for k,c in zip(self.keys, zip(*counts))] if counts else self.keys
+        self.kinds = *self.kinds[:2], *new
+        self.keys = [(*k[:4], *c) for k,c in zip(self.keys, zip(*counts))] if counts else self.keys
         return new
 
 # %% ../../nbs/optimizer.core.ipynb #045b34ba
@@ -150,10 +158,11 @@ def row(self:FastOptimizer,
     group:int, # Position of the group
     do_wd:bool, # Does weight decay apply?
     again:int, # How many times the parameter steps before, in this step
+    facts:tuple, # What is known of the parameter
     *counts, # Last values of the counters
 ) -> dict:
     "The scalars of a parameter"
-    given = {**self.options, **self.hypers[group], 'do_wd': do_wd}
+    given = {**self.options, **self.hypers[group], 'do_wd': do_wd, **dict(zip(facts_in(composition), facts))}
     row = {n: as_number(n, given[n]) for n in composition.hypers}
     row.update(zip(composition.counters, counts))
     for _ in range(again + 1): composition.fold(row)
@@ -171,7 +180,7 @@ def gather(self:FastOptimizer,
         grads = [grads[i] for i in there]
     if self._layout is None or not self._layout.holds(lists, self.state, there): self._layout = Layout.of(lists, self.state, there)
     layout, composition = self._layout, self.composition(tuple(lent))
-    rows = [self.row(composition, *key) for key in layout.rows(composition.counters)]
+    rows = [self.row(composition, *key) for key in layout.rows(composition.counters, facts_in(composition))]
     slots = {n: lent[n] if n in lent else [s.get(n) for s in layout.states] for n in composition.slots}
     return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition)
 

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 
+from torch import Tensor
+
 from .steppers import Composition, args_of, average_grad, average_sqr_grad, compose, decay, picked, slot, stepper, switches
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'OptimizerSpec', 'slots_of', 'known_slots', 'spec_slots', 'unwrapped', 'step_args', 'spec_of']
+__all__ = ['OPTIMIZERS', 'FACTS', 'OptimizerSpec', 'slots_of', 'known_slots', 'spec_slots', 'unwrapped', 'step_args', 'spec_of']
 
 # %% ../../nbs/optimizer.table.ipynb #538deec7
 OPTIMIZERS = {} # Name to `OptimizerSpec`
+FACTS = dict(numel=Tensor.numel, ndim=Tensor.dim) # What steppers may ask about a parameter, as a scalar
 
 def _named(name): return OPTIMIZERS[name]
 
@@ -40,7 +43,7 @@ class OptimizerSpec:
     @cached_property
     def given(self):
         "Names of the scalars that do not come from steppers; `None` if that is not known"
-        return None if self.hypers is None else frozenset({'lr', 'do_wd', *self.hypers, *self.options})
+        return None if self.hypers is None else frozenset({'lr', 'do_wd', *FACTS, *self.hypers, *self.options})
 
     def steppers(self,
         **arguments, # Of the constructor, where they differ from the defaults
