@@ -134,9 +134,9 @@ class Adversary(RuleBasedStateMachine):
                 seed=st.integers(0, 2**16), big=st.integers(0, 40), clip=st.booleans(), k=st.integers(1, 3), beta=st.sampled_from([0., 0., 20.]))
     def start(self, name, dtype, shapes, groups, decouple_wd, wd, mom, seed, big, clip, k, beta):
         self.spec, self.turn = OPTIMIZERS[name], 0
-        if known('norms in 16 bits') and self.spec.norms and dtype in SMALL_DTYPES: dtype = torch.float32
+        if known('norms in 16 bits') and norms_of(self.spec.name) and dtype in SMALL_DTYPES: dtype = torch.float32
         if big == 0: shapes = [*shapes[:1], (70, 950)] # more than a thread takes
-        if not self.spec.rule_no_mom: mom = mom or .9
+        if len(moms(self.spec.name)) == 1: mom = mom or .9
         has = defaults(name)
         hypers = dict(lr=.01, wd=wd, mom=mom, decouple_wd=decouple_wd)
         rough = dtype in SMALL_DTYPES or seed % 2 # fit for 16 bits: squares of gradients are normal numbers there
@@ -212,7 +212,7 @@ class Adversary(RuleBasedStateMachine):
         coarse = {t.dtype for t in self.native.tensors().values()} & set(SMALL_DTYPES)
         eps = max([torch.finfo(own).eps, *(torch.finfo(d).eps for d in (self.dtypes_of(key) if coarse else []))])
         allowed = (EPS_16[way] if eps > 1e-4 else EPS)*eps*scale
-        if self.spec.norms and was is not None: allowed += NORMS.get(own, 3e-4)*top(a - was.double()) if was.shape == a.shape else 0.
+        if norms_of(self.spec.name) and was is not None: allowed += NORMS.get(own, 3e-4)*top(a - was.double()) if was.shape == a.shape else 0.
         return off, allowed
 
     def dtypes_of(self, key):
@@ -228,7 +228,7 @@ class Adversary(RuleBasedStateMachine):
     def step(self, kinds, seed, scale, odd, at, times):
         "Steps with gradients of all kinds; one may have an element that is not finite, or whose square is not"
         if known('negated tensors'): kinds = ['same' if k in ('negated', 'no memory') else k for k in kinds]
-        if odd == 1e30 and (self.spec.norms or 'nu_2' in self.native.inner.hypers[0] or known('overflowing squares')): odd = None # fastai's norm, or its 0*g*g, is not finite, and ours is
+        if odd == 1e30 and (norms_of(self.spec.name) or 'nu_2' in self.native.inner.hypers[0] or known('overflowing squares')): odd = None # fastai's norm, or its 0*g*g, is not finite, and ours is
         if any(t.dtype == torch.float16 for t in self.native.tensors().values()): scale = max(scale, 1.) # squares of less are no normal numbers
         for t in range(times):
             grads = []
@@ -329,7 +329,7 @@ class Adversary(RuleBasedStateMachine):
         i, j = self.some(i), self.some(j)
         p, q = (self.native.params[o] for o in (i, j))
         if i == j or p.dtype != q.dtype or p.dtype in SMALL_DTYPES or not p.numel() or not q.numel(): return
-        if self.spec.rule_sync and known('sharing in Lookahead') or known('sharing'): return
+        if self.spec.has_lookahead and known('sharing in Lookahead') or known('sharing'): return
         def f(side):
             p, q = (side.params[o] for o in (i, j))
             at = min(shift, p.numel()-1)
@@ -471,7 +471,7 @@ class Adversary(RuleBasedStateMachine):
         counts[what] += 1
         self.agree(what)
 
-    def first_of_lookahead(self): return known('refused first step') and self.spec.rule_sync and not self.native.slow()
+    def first_of_lookahead(self): return known('refused first step') and self.spec.has_lookahead and not self.native.slow()
 
     def bad_grad(self, i, make, what):
         "A gradient that nobody can take, of a parameter that steps"
@@ -612,7 +612,7 @@ class Adversary(RuleBasedStateMachine):
     @rule(i=st.integers(0, 5), dtype=st.sampled_from(DTYPES), whole=st.booleans())
     def convert(self, i, dtype, whole):
         "`model.half()` and the like, while training: state stays what it is"
-        if self.spec.norms and known('norms in 16 bits') and dtype in SMALL_DTYPES: return
+        if norms_of(self.spec.name) and known('norms in 16 bits') and dtype in SMALL_DTYPES: return
         storages = [p.untyped_storage().data_ptr() for p in self.native.params if p.numel()]
         if len(set(storages)) < len(storages): return # shared memory is shared no more: a step of 16 bits is not fastai's
         if dtype in SMALL_DTYPES and self.native.inner.hypers[0].get('eps', 1.) < 1e-4: return # rounded to 0 in float16

@@ -12,7 +12,7 @@ each_name = pytest.mark.parametrize('name', NAMES)
 each_way = pytest.mark.parametrize('way', BACKENDS)
 linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason="forks, or limits memory")
 
-WITH_NORMS = tuple(n for n in NAMES if OPTIMIZERS[n].norms)
+WITH_NORMS = tuple(n for n in NAMES if norms_of(n))
 # A lone number may cancel more than the tensors for which tolerances are made
 ALLOWED = {way: 4*t for way,t in TOLERANCE.items()}
 
@@ -460,7 +460,7 @@ def test_refused_first_step(name, way, what):
         assert before[1:] == after[1:]
         assert_same(before[0], after[0])
 
-FINITE = tuple(n for n in NAMES if not OPTIMIZERS[n].norms and 'nu_2' not in defaults(n)) # fastai's norms, and its 0*g*g, are not
+FINITE = tuple(n for n in NAMES if not norms_of(n) and 'nu_2' not in defaults(n)) # fastai's norms, and its 0*g*g, are not
 
 @pytest.mark.parametrize('name', FINITE)
 @each_way
@@ -478,7 +478,7 @@ def test_squares_that_overflow(name, way):
     assert all(p.isfinite().all() for p in expected)
     assert_same(expected, got, ALLOWED[way])
 
-@pytest.mark.parametrize('name', [n for n in NAMES if OPTIMIZERS[n].trust and OPTIMIZERS[n].counts_steps])
+@pytest.mark.parametrize('name', [n for n in NAMES if norms_of(n) and OPTIMIZERS[n].counts_steps])
 @each_way
 def test_squares_that_overflow_with_norms(name, way):
     "One element's does not make all of the parameter NaN"
@@ -519,7 +519,7 @@ def test_overlapping_parameters_step_in_order(name, way, odd, which):
         return [p.clone() for p in params]
     assert_same(run('native'), run(way), 10*ALLOWED[way])
 
-@pytest.mark.parametrize('name', [n for n in NAMES if OPTIMIZERS[n].rule_sync])
+@pytest.mark.parametrize('name', [n for n in NAMES if OPTIMIZERS[n].has_lookahead])
 @each_way
 @pytest.mark.parametrize('missing', [0, 1])
 def test_lookahead_of_overlapping_parameters(name, way, missing):
