@@ -114,9 +114,10 @@ def check_tensors(
     name:str, # What that is, for messages
     fields:list, # `fields_of(params)`
 ):
-    "`RuntimeError` if a gradient or a state tensor does not fit its parameter"
+    "`RuntimeError` if a gradient or a state tensor does not fit its parameter. State may have another floating point dtype, if the model was converted"
     for p,t,expected in zip(params, tensors, fields):
-        if t is not None and (not isinstance(t, Tensor) or _fields(t) != expected): _refuse(name, p, t)
+        if t is None or isinstance(t, Tensor) and _fields(t) == expected: continue
+        if name == 'gradient' or not isinstance(t, Tensor) or not t.is_floating_point() or (t.shape, t.device, t.layout) != (p.shape, p.device, p.layout): _refuse(name, p, t)
 
 def _refuse(name, p, t):
     "Raise the error for a gradient or state tensor `t` that does not fit `p`"
@@ -135,8 +136,6 @@ def check_batch(
     fields = fields_of(batch.params)
     check_tensors(batch.params, batch.grads, 'gradient', fields)
     for name,ts in batch.slots.items(): check_tensors(batch.params, ts, f"state '{name}'", fields)
-    for p,g in zip(batch.params, batch.grads):
-        if p.is_neg() or p.is_conj(): raise RuntimeError(f"A parameter of {describe(p)} is lazily negated, and cannot be written. Resolve it with `p.data = p.data.resolve_neg()`")
 
 # %% ../../nbs/optimizer.batch.ipynb #5546488b
 def _split_alike(tensors):

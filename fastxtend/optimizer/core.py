@@ -5,6 +5,7 @@
 # %% ../../nbs/optimizer.core.ipynb #faadd351
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,7 +23,7 @@ from .steppers import Composition, picked, switches
 from .table import FACTS, OPTIMIZERS, OptimizerSpec, known_slots, slots_of
 
 # %% auto #0
-__all__ = ['distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'LookaheadMixin']
+__all__ = ['FLOAT32', 'distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -149,7 +150,7 @@ def composition(self:FastOptimizer,
 ) -> Composition:
     "The steppers of this step, joined"
     if 'switches' not in self._compositions: self._compositions['switches'] = switches(self.steppers)
-    on = tuple([n for n in self._compositions['switches'] if n in lent or any(h.get(n) for h in self.hypers)])
+    on = tuple([n for n in self._compositions['switches'] if n in lent or any(as_number(n, h.get(n, 0)) for h in self.hypers)])
     if on not in self._compositions:
         self._compositions[on] = self.spec.composition(on, decouple_wd=self.decouple_wd, **{**self.arguments, **self.options})
     return self._compositions[on]
@@ -166,9 +167,23 @@ def row(self:FastOptimizer,
     "The scalars of a parameter"
     given = {**self.options, **self.hypers[group], 'do_wd': do_wd, **dict(zip(facts_in(composition), facts))}
     row = {n: as_number(n, given[n]) for n in composition.hypers}
+    for n,x in row.items():
+        if not -FLOAT32 <= x <= FLOAT32: self.check_range(group, n, x)
     row.update(zip(composition.counters, counts))
     for _ in range(again + 1): composition.fold(row)
     return row
+
+FLOAT32 = torch.finfo(torch.float32).max
+
+@patch
+def check_range(self:FastOptimizer,
+    group:int, # Position of the group
+    name:str, # Of a hyperparameter
+    x:float, # Its value
+):
+    "`ValueError` if a finite number becomes infinite in the dtype that a parameter is stepped in"
+    if math.isfinite(x) and any(p.dtype != torch.float64 for p in self.param_lists[group]):
+        raise ValueError(f"`{name}` is {x!r}, which is no float32 number")
 
 @patch
 def gather(self:FastOptimizer,
@@ -195,9 +210,11 @@ def init_slots(self:FastOptimizer,
     for name,ts in batch.slots.items():
         if not any(t is None for t in ts): continue
         start = batch.composition.slots[name].start
-        for state,p,t in zip(batch.states, batch.params, ts):
-            if t is None and state.get(name) is None: state[name] = torch.zeros_like(p, requires_grad=False) if start == 0 else torch.full_like(p, start, requires_grad=False)
-        batch.slots[name] = [s[name] for s in batch.states]
+        batch.slots[name] = [torch.full_like(p, start, requires_grad=False) if t is None else t for p,t in zip(batch.params, ts)]
+    for name,ts in batch.slots.items(): # all are there: none is kept if memory ran out
+        if batch.composition.slots[name].lent: continue
+        for state,t in zip(batch.states, ts): state.setdefault(name, t)
+        batch.slots[name] = [s[name] for s in batch.states] # a parameter that is listed twice has one
 
 @patch
 def plan(self:FastOptimizer,
@@ -318,9 +335,13 @@ class LookaheadMixin:
     @torch.no_grad()
     def step(self, closure=None):
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        if self.slow_weights is None: self.slow_weights = L(L(p.detach().clone() for p in pg) for pg in self.param_lists)
-        pairs = self.slow_pairs() if (self.count+1) % self.k == 0 else []
-        for fast,slow in self.step_with(pairs): fast.copy_(slow.lerp_(fast, self.alpha))
+        first = self.slow_weights is None
+        if first: self.slow_weights = L(L(p.detach().clone() for p in pg) for pg in self.param_lists)
+        try: left = self.step_with(self.slow_pairs() if (self.count+1) % self.k == 0 else [])
+        except Exception: # a refused step leaves nothing behind
+            if first: self.slow_weights = None
+            raise
+        for fast,slow in left: fast.copy_(slow.lerp_(fast, self.alpha))
         self.count += 1
 
     def step_with(self,
@@ -330,9 +351,9 @@ class LookaheadMixin:
         lent = dict(slow_weights=[slow for fast,slow in pairs if fast.grad is not None]) if pairs else {}
         batch = self.gather(**lent)
         if not len(batch): return pairs
-        planned = self.plan(batch)
-        if pairs and planned[0].tangled: planned = self.plan(self.gather())
-        else: pairs = [(fast, slow) for fast,slow in pairs if fast.grad is None]
+        planned, left = self.plan(batch), [(fast, slow) for fast,slow in pairs if fast.grad is None]
+        if pairs and (planned[0].tangled or left and sharing_memory([fast for fast,_ in pairs])): planned = self.plan(self.gather())
+        else: pairs = left
         self.take_step(*planned)
         return pairs
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .plan import Engine, Part, Work
-from .probe import Probe, is_dense, is_sharded
+from .probe import DTYPE, UNREADABLE, Probe, is_dense, is_sharded
 from .steppers import MATH, Composition, Stage, compile_function, compile_stage
 from .table import step_args, unwrapped
 
@@ -186,6 +186,11 @@ def norms(
     "The norm of each, in float32 at least"
     return torch._foreach_norm(ts, 2, dtype=torch.float32) if ts[0].dtype.itemsize < 4 else torch._foreach_norm(ts)
 
+def _plainly(batch):
+    "`batch` in tensors of one dtype, of 32 bits at least, whose bytes are their elements: copies where they are not"
+    dtype = torch.float64 if any(t.dtype == torch.float64 for ts in batch.tensors() for t in ts) else torch.float32
+    return batch.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in batch.tensors()))
+
 class ListEngine(Engine):
     "Runs steppers, or a written step in their place, on lists of tensors"
     def __init__(self,
@@ -198,8 +203,9 @@ class ListEngine(Engine):
 
     def begin(self, part, batch, seen):
         batch, written = batch.take(part.idxs), knows(self.step, batch.composition)
+        odd = np.isin(seen.reasons[part.idxs], (DTYPE, UNREADABLE)).any() and not any(map(is_sharded, batch.params))
         narrow = batch.params[0].dtype.itemsize < 4 and (self.widen or not written)
-        stepped = batch.with_tensors(*([t.float() for t in ts] for ts in batch.tensors())) if narrow else batch
+        stepped = _plainly(batch) if odd or narrow else batch
         return (WrittenWork if written else ListWork)(self, stepped, batch)
 
 class ListWork(Work):
@@ -241,7 +247,9 @@ class ListWork(Work):
     def write_back(self):
         if self.batch is self.original: return
         for n,ts in self.batch.named().items():
-            if n != 'g': torch._foreach_copy_(self.original.named()[n], ts)
+            if n == 'g': continue
+            for t,new in zip(self.original.named()[n], ts):
+                if t is not new: t.copy_(new)
 
     def keep(self):
         for n in self.batch.composition.kept:
