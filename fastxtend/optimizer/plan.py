@@ -15,7 +15,7 @@ from fastcore.all import groupby
 from torch import Tensor
 
 from .batch import Batch
-from .probe import OK, REASONS, UNREADABLE, Extents, Probe, extent, fingerprint, is_sharded, probe, sharing_memory
+from .probe import OK, REASONS, UNREADABLE, Extents, Probe, extent, is_sharded, probe, recalled, remembered, sharing_memory
 
 # %% auto #0
 __all__ = ['ENGINES', 'SHARDED', 'Engine', 'Work', 'kernels_for', 'warn_once', 'compiled', 'look', 'Part', 'Plan', 'odd_extents',
@@ -98,12 +98,7 @@ def look(
 ) -> Probe:
     "Where all tensors are, and which parameters a kernel can take"
     fast, tensors = compiled(), batch.tensors()
-    if fast: return fast(*tensors)
-    key = fingerprint(*tensors)
-    if last is not None and key is not None and last.key == key: return last
-    res = probe(*tensors)
-    object.__setattr__(res, 'key', key)
-    return res
+    return fast(*tensors) if fast else recalled(last, *tensors) or remembered(probe(*tensors), *tensors)
 
 # %% ../../nbs/optimizer.plan.ipynb #3f62c085
 @dataclass(frozen=True)
