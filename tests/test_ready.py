@@ -1,7 +1,4 @@
 "What a step does when something it would like to have is missing, and what it does not do again when nothing has changed"
-import gc, warnings
-from collections import Counter
-
 import pytest
 
 from common import *
@@ -76,3 +73,97 @@ def test_python_looks_at_strange_tensors(looks):
         opt.step()
     assert len(looks) >= 3
     assert torch.equal(params[0], torch.full((3,), .97)) and torch.equal(params[1], torch.full((3,), 1.03))
+
+# --- Sets of parameters with gradients that change
+
+@pytest.mark.parametrize('way', ('foreach', 'fused'))
+def test_sets_that_take_turns(way, monkeypatch):
+    "Of two heads that are trained in turns, layout and plan are made once each; and the numbers are native's"
+    layouts = spy(monkeypatch, core.Layout, 'of')
+    def run(way, steps=12):
+        params, counts = make_params(MIXED*2), []
+        opt = build('Adam', split(params, 2), way)
+        for t,gs in enumerate(make_grads(tuple(MIXED*2), steps=steps)):
+            step_with(opt, params, [g if (i < 5) == t%2 else None for i,g in enumerate(gs)])
+            counts.append((len(layouts), len({id(part.prepared) for plan in plans_of(opt) for part in plan.parts})))
+        return snapshot_without_grads(lambda opt, params: None, opt, params), counts
+    got, counts = run(way)
+    assert counts[3:] == [counts[3]]*len(counts[3:])
+    assert_same(run('native')[0], got, TOLERANCE[way])
+
+def plans_of(opt): return [plan for _,plans in getattr(opt, '_layouts', {}).values() for plan in plans.values()]
+
+def test_many_sets_are_forgotten():
+    "Only the last few are kept"
+    params = make_params([(3,)]*20)
+    opt = build('SGD', params, 'fused', mom=0.)
+    for i in range(20):
+        set_grads(params, [torch.ones(3) if j == i else None for j in range(20)])
+        opt.step()
+    assert len(opt._layouts) == core.SETS
+
+# --- Layouts in memory that change
+
+@pytest.mark.parametrize('name', NAMES)
+def test_slots_are_laid_out_anew(name, monkeypatch):
+    "A model that goes to `channels_last` in the middle of training stays with the kernels, its slots are the same tensors, and the numbers are native's"
+    shapes, copies = [(8, 3, 3, 3), (4,)], spy(monkeypatch, core, 'lay_out')
+    def run(way):
+        params = make_params(shapes)
+        opt = build(name, params, way)
+        for t,gs in enumerate(make_grads(tuple(shapes), steps=8)):
+            if t == 3:
+                before = [id(x) for x in opt.state[params[0]].values() if torch.is_tensor(x)]
+                params[0].data = params[0].data.to(memory_format=torch.channels_last)
+            for p,g in zip(params, gs): p.grad = torch.empty_like(p).copy_(g)
+            opt.step()
+        if way == 'fused':
+            names = [n for n,x in opt.state[params[0]].items() if torch.is_tensor(x) and x.ndim]
+            assert all(opt.state[params[0]][n].stride() == params[0].stride() for n in names)
+            assert set(before) == {id(x) for x in opt.state[params[0]].values() if torch.is_tensor(x)}
+            assert {r.backend for r in opt.backend_report()} == {'numba'}
+        for p in params: # sums, and what is kept of them, are added up in another order
+            for n in opt.state[p].keys() & set(OPTIMIZERS[name].composition().kept): del opt.state[p][n]
+        return snapshot_without_grads(lambda opt, params: None, opt, params)
+    fused = run('fused')
+    assert len(copies) <= 4 # when slots are made, when the layout changes, and as often for slow weights
+    assert_same(run('native'), fused, TOLERANCE['fused'])
+
+def test_gradients_are_not_laid_out_anew():
+    "PyTorch makes gradients in the layout of their parameter, however they are cleared; one that is not goes to ForEach, is not changed, and is reported"
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8*36, 2))
+    params = list(model.parameters())
+    opt = build('Adam', params, 'fused')
+    for t,none in enumerate((False, True, False, True)):
+        if t == 1: model.to(memory_format=torch.channels_last)
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert all(p.grad.stride() == p.stride() for p in params)
+        opt.step()
+        assert {r.backend for r in opt.backend_report()} == {'numba'}
+        model.zero_grad(set_to_none=none)
+    grad = params[0].grad = torch.randn(8, 3, 3, 3)
+    opt.step()
+    assert params[0].grad is grad and grad.is_contiguous()
+    (odd,) = [r for r in opt.backend_report() if r.backend == 'foreach']
+    assert 'layout' in odd.reason
+
+# --- Autograd
+
+@pytest.mark.parametrize('name,way', [(name, way) for name in NAMES for way in ways(name)])
+def test_graph_survives_a_step(name, way):
+    "A step between two backward passes of one graph: all go on as native does, with the new weights, also in the step in which Lookahead synchronises"
+    def run(way):
+        torch.manual_seed(0)
+        x, params = torch.randn(4, 5), [p.requires_grad_() for p in make_params([(5, 6), (6, 3)])]
+        opt = build(name, params, way, lr=.1)
+        for _ in range(7):
+            loss = ((x @ params[0]).tanh() @ params[1]).square().mean()
+            loss.backward(retain_graph=True)
+            versions = [p._version for p in params]
+            opt.step()
+            assert [p._version for p in params] == versions
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+        return snapshot_without_grads(lambda opt, params: None, opt, params)
+    assert_same(run('native'), run(way), 20*TOLERANCE[way])
