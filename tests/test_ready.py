@@ -167,3 +167,38 @@ def test_graph_survives_a_step(name, way):
             opt.zero_grad()
         return snapshot_without_grads(lambda opt, params: None, opt, params)
     assert_same(run('native'), run(way), 20*TOLERANCE[way])
+
+# --- No compiler
+
+def test_without_a_compiler(monkeypatch):
+    "Triton needs a C compiler: without one, parameters go to ForEach, once it is said what to install, and the numbers and step counts are native's"
+    pytest.importorskip('triton')
+    def engine(): raise RuntimeError('Failed to find C compiler')
+    from fastxtend.optimizer import cuda
+    monkeypatch.setattr(cuda, 'engine', engine)
+    monkeypatch.setitem(plan.ENGINES, 1, 'cuda')
+    for f in (plan.kernels_for, plan.warn_once): f.cache_clear()
+    grads = make_grads(tuple(MIXED), steps=3)
+    try:
+        (ref, ref_params), (opt, params) = ((build('Adam', ps, way), ps) for way in ('native', 'fused') for ps in [make_params(MIXED)])
+        train(ref, ref_params, grads)
+        with pytest.warns(UserWarning) as said: train(opt, params, grads)
+        (text,) = [str(o.message) for o in said if 'no kernel' in str(o.message)]
+        assert 'gcc python3-dev' in text and 'Failed to find C compiler' in text
+        assert {r.backend for r in opt.backend_report()} == {'foreach'}
+        assert_same(snapshot(ref, ref_params)['params'], snapshot(opt, params)['params'], TOLERANCE['foreach'])
+        assert_same(states(ref, ref_params), states(opt, params), TOLERANCE['foreach'])
+    finally:
+        for f in (plan.kernels_for, plan.warn_once): f.cache_clear()
+
+def test_the_compiler_is_tried(monkeypatch):
+    "The engine for GPUs makes Triton compile what it needs at once"
+    triton = pytest.importorskip('triton')
+    from fastxtend.optimizer import cuda
+    class Broken:
+        @property
+        def utils(self): raise RuntimeError('Failed to find C compiler')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(triton.runtime.driver, '_active', Broken())
+    if triton.knobs.runtime.interpret: return
+    with pytest.raises(RuntimeError, match='compiler'): cuda.engine.__wrapped__()
