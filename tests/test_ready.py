@@ -1,7 +1,13 @@
 "What a step does when something it would like to have is missing, and what it does not do again when nothing has changed"
+from collections import Counter
+
 import pytest
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from common import *
+from test_parity import VARIANTS, show
 
 from fastxtend.optimizer import core, plan, probe
 from fastxtend.optimizer.all import Adam
@@ -202,3 +208,37 @@ def test_the_compiler_is_tried(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, '_active', Broken())
     if triton.knobs.runtime.interpret: return
     with pytest.raises(RuntimeError, match='compiler'): cuda.engine.__wrapped__()
+
+# --- ForEach on a GPU that is not there
+
+class Transfers(TorchDispatchMode):
+    "Counts operations that take or give a tensor on the CPU: each is an upload, or waits for the GPU"
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        if any(torch.is_tensor(t) and t.device.type == 'cpu' for t in tree_leaves((args, kwargs, res))): self.seen[str(func)] += 1
+        return res
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('name,kwargs', [pytest.param(n, {}, id=n) for n in NAMES] + [pytest.param(n, k, id=f'{n}-{show(k)}') for n,k,ways in VARIANTS if 'foreach' in ways])
+def test_foreach_waits_once_on_a_gpu(name, kwargs, dtype, monkeypatch):
+    "On CUDA nothing is uploaded, scalars that differ neither, and the norms of all parameters are read at once (shown on tensors without data)"
+    waits = []
+    def tolist(t):
+        waits.append(t.shape)
+        return [[1.]*t.shape[1]]*t.shape[0]
+    monkeypatch.setattr(FakeTensor, 'tolist', tolist)
+    monkeypatch.setattr(plan, 'find_tangled', lambda *args: []) # all of them have the address 0
+    with FakeTensorMode():
+        params = [torch.empty(s, device='cuda', dtype=dtype) for s in ((5, 7), (10,), (), (3, 3))]
+        opt = build(name, split(params, 2), 'foreach', **{'lr': slice(1e-3, 1e-1), **kwargs})
+        opt.state[params[0]]['do_wd'] = False
+        for p in params: p.grad = torch.empty_like(p)
+        opt.step()
+        for _ in range(6): # the slow weights of Lookahead are made in the first step, and meet the others in the sixth
+            waits.clear()
+            with Transfers() as transfers: opt.step()
+            assert not transfers.seen and len(waits) == len(opt.composition().stages) - 1

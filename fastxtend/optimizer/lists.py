@@ -94,7 +94,8 @@ def _where(flag, a, b):
     if ts is None: return np.where(flag != 0, a, b) if isinstance(flag, np.ndarray) else a if flag else b
     if isinstance(flag, (bool, int, float)): return a if flag else b
     if isinstance(flag, np.ndarray) and (flag != 0).all() and isinstance(a, Tensors): return a
-    def choose(t, f, x, y): return torch.where(torch.as_tensor(f, device=t.device) != 0, torch.as_tensor(x, dtype=t.dtype, device=t.device), torch.as_tensor(y, dtype=t.dtype, device=t.device))
+    def value(t, x): return x.to(t.dtype) if torch.is_tensor(x) else t.new_full(t.shape, x) # filled on the device, and not uploaded
+    def choose(t, f, x, y): return torch.where(f != 0, value(t, x), value(t, y)) if torch.is_tensor(f) else value(t, x if f else y)
     return ts.each(choose, flag, a, b)
 
 LIST_MATH = {**{n: _of_lists(n) for n in MATH if n != 'where'}, 'where': _where}
