@@ -14,11 +14,12 @@ import numpy as np, torch
 from fastcore.all import L
 from torch import Tensor
 
-from .probe import is_sharded
+from .probe import is_dense, is_sharded, sharing_memory
 from .steppers import Composition
 
 # %% auto #0
-__all__ = ['Batch', 'as_number', 'describe', 'check_params', 'fields_of', 'check_tensors', 'check_batch', 'shards', 'copy_like']
+__all__ = ['Batch', 'as_number', 'describe', 'check_params', 'fields_of', 'check_tensors', 'check_batch', 'shards', 'lay_out',
+           'copy_like']
 
 # %% ../../nbs/optimizer.batch.ipynb #e4d1a7f7
 @dataclass
@@ -149,6 +150,18 @@ def shards(
     "`batch` with what this process has of `DTensor`s in their place; as it is if there are none, if sums are needed, or if gradients or slots are not split like their parameter"
     if batch.composition.sums or not any(map(is_sharded, batch.params)) or not all(map(_split_alike, zip(*batch.tensors()))): return batch
     return batch.with_tensors(*([t.to_local() if is_sharded(t) else t for t in ts] for ts in batch.tensors()))
+
+# %% ../../nbs/optimizer.batch.ipynb #cee953bd
+def lay_out(
+    batch:Batch, # Parameters
+    idxs:list, # Positions of those whose tensors are laid out differently
+) -> bool: # Was there any such slot?
+    "Lay slots out as their parameters are"
+    odd = [(i, t) for i in idxs if is_dense(batch.params[i]) for ts in batch.slots.values() for t in [ts[i]] if t.stride() != batch.params[i].stride()]
+    shared = set(sharing_memory(*batch.tensors())) if odd else ()
+    odd = [(i, t) for i,t in odd if i not in shared and t.untyped_storage().nbytes() == t.numel()*t.element_size()]
+    for i,t in odd: t.data = torch.empty_like(batch.params[i]).copy_(t)
+    return bool(odd)
 
 # %% ../../nbs/optimizer.batch.ipynb #47e42eb1
 def copy_like(

@@ -16,14 +16,14 @@ from itertools import repeat
 from operator import is_
 from torch import Tensor
 
-from .batch import Batch, as_number, check_batch, check_params, check_tensors, copy_like, describe, fields_of, shards
+from .batch import Batch, as_number, check_batch, check_params, check_tensors, copy_like, describe, fields_of, lay_out, shards
 from .plan import Engine, Plan, Ran, look, make_plan, run
-from .probe import Probe, is_sharded, sharing_memory
+from .probe import STRIDES, Probe, is_sharded, sharing_memory
 from .steppers import Composition, picked, switches
 from .table import FACTS, OPTIMIZERS, OptimizerSpec, known_slots, slots_of
 
 # %% auto #0
-__all__ = ['FLOAT32', 'distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'LookaheadMixin']
+__all__ = ['FLOAT32', 'SETS', 'distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -104,7 +104,7 @@ class Layout:
 # %% ../../nbs/optimizer.core.ipynb #045b34ba
 class FastOptimizer(Optimizer):
     "A fastai `Optimizer` that steps all groups together"
-    _transient = '_layout', '_plans', '_compositions', '_ran', 'engine'
+    _transient = '_layouts', '_layout', '_plans', '_compositions', '_ran', 'engine'
     def __init__(self,
         params:Tensor|Iterable, # Model parameters or parameter groups
         spec:OptimizerSpec, # What to run
@@ -121,8 +121,8 @@ class FastOptimizer(Optimizer):
         self.forget()
 
     def forget(self):
-        "What can be found again: compositions, layout and plans"
-        self._layout, self._plans, self._compositions, self._ran = None, {}, {}, None
+        "What can be found again: compositions, layouts and plans"
+        self._layouts, self._layout, self._plans, self._compositions, self._ran = {}, None, {}, {}, None
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in self._transient}
     def __setstate__(self, state):
@@ -185,6 +185,20 @@ def check_range(self:FastOptimizer,
     if math.isfinite(x) and any(p.dtype != torch.float64 for p in self.param_lists[group]):
         raise ValueError(f"`{name}` is {x!r}, which is no float32 number")
 
+SETS = 8 # Sets of parameters with gradients whose layouts and plans are kept
+
+@patch
+def recall(self:FastOptimizer,
+    lists:list, # The parameters of each group that are not frozen
+    there:list|None, # Positions of those with gradients, or `None` if all have them
+):
+    "The layout and the plans of these parameters: those of the last time if nothing has changed"
+    key = None if there is None else tuple(there)
+    layout, plans = self._layouts.pop(key, (None, {}))
+    if layout is None or not layout.holds(lists, self.state, there): layout = Layout.of(lists, self.state, there)
+    self._layouts[key] = self._layout, self._plans = layout, plans
+    if len(self._layouts) > SETS: del self._layouts[next(iter(self._layouts))]
+
 @patch
 def gather(self:FastOptimizer,
     **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
@@ -195,7 +209,7 @@ def gather(self:FastOptimizer,
     if any(map(is_, grads, repeat(None))):
         there = [i for i,g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in there]
-    if self._layout is None or not self._layout.holds(lists, self.state, there): self._layout = Layout.of(lists, self.state, there)
+    self.recall(lists, there)
     layout, composition = self._layout, self.composition(tuple(lent))
     rows = [self.row(composition, *key) for key in layout.rows(composition.counters, facts_in(composition))]
     slots = {n: lent[n] if n in lent else [s.get(n) for s in layout.states] for n in composition.slots}
@@ -229,6 +243,7 @@ def plan(self:FastOptimizer,
         self.init_slots(batch)
         batch = shards(batch)
         seen = look(batch, last and last.seen)
+        if self.kernels is not None and lay_out(batch, [i for i in np.flatnonzero(seen.reasons == STRIDES) if batch.params[i] is params[i]]): seen = look(batch)
     plan = self._plans[batch.composition] = make_plan(batch, params, seen, self.kernels, self.engine, last)
     return plan, batch, seen
 
@@ -341,7 +356,7 @@ class LookaheadMixin:
         except Exception: # a refused step leaves nothing behind
             if first: self.slow_weights = None
             raise
-        for fast,slow in left: fast.copy_(slow.lerp_(fast, self.alpha))
+        for fast,slow in left: fast.data.copy_(slow.lerp_(fast, self.alpha))
         self.count += 1
 
     def step_with(self,
