@@ -11,7 +11,7 @@ ready := $(VENV)/.ready
 docs_ready := $(VENV)/.docs_ready
 PORT ?= 4000
 
-.PHONY: help demo test setup sync nbtest pytest readme export docs docs-serve docs-check docs-test dist-test oldest clean
+.PHONY: help demo test setup sync nbtest pytest readme export outputs docs docs-serve docs-check docs-test dist-test oldest clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ readme: setup ## README.md from nbs/index.ipynb
 export: setup ## Modules and README.md from the notebooks
 	$(bin)/nbdev-export
 	$(bin)/python .ci/readme.py
+
+outputs: setup ## Run the pages that keep their plots and tables in the repository; PAGES="optimizers" chooses
+	$(bin)/python .ci/outputs.py $(PAGES)
 
 docs: $(docs_ready) ## The site, from the notebooks, in _docs
 	$(bin)/python .ci/docs.py
