@@ -11,7 +11,7 @@ ready := $(VENV)/.ready
 docs_ready := $(VENV)/.docs_ready
 PORT ?= 4000
 
-.PHONY: help demo test setup sync nbtest pytest readme export outputs docs docs-serve docs-check docs-test dist-test oldest clean
+.PHONY: help demo test setup sync lint nbtest pytest coverage readme export outputs docs docs-serve docs-check docs-test dist-test oldest soak clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,8 +19,9 @@ help: ## This list
 demo: setup ## Train on handwritten digits with all backends (or DATA=folder of images), and compare
 	$(bin)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
 
-test: setup ## All checks: sync, nbtest, pytest
+test: setup ## All checks: sync, lint, nbtest, pytest
 	@$(MAKE) --no-print-directory sync
+	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory nbtest
 	@$(MAKE) --no-print-directory pytest
 
@@ -33,8 +34,11 @@ $(ready): settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 	$(bin)/python -m pip install --quiet -e ".[$(EXTRAS)]" -c $(CONSTRAINTS)
 	@touch $@
 
-sync: setup ## Do modules and README.md agree with the notebooks?
+sync: setup ## Do modules, README.md and CHANGELOG.md agree with the notebooks?
 	@PATH="$(abspath $(bin)):$$PATH" bash .ci/sync
+
+lint: setup ## Mistakes that ruff finds; it leaves the style alone
+	$(bin)/ruff check fastxtend tests examples .ci setup.py
 
 nbtest: setup ## Run the notebooks, each in a process of its own
 	@printf '%s\n' nbs/*.ipynb | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/nbdev-test {} --n-workers 0 --do-print
@@ -42,10 +46,18 @@ nbtest: setup ## Run the notebooks, each in a process of its own
 pytest: setup ## Run the tests; ARGS="-k adam" chooses
 	OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) $(ARGS)
 
-readme: setup ## README.md from nbs/index.ipynb
+coverage: setup ## Which lines of fastxtend neither a test nor a notebook runs: a table, and pages in htmlcov
+	rm -f .coverage .coverage.*
+	OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest -n $(JOBS) $(ARGS)
+	printf '%s\n' nbs/*.ipynb | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/coverage run $(bin)/nbdev-test {} --n-workers 0 --do-print
+	$(bin)/coverage combine --quiet
+	$(bin)/coverage html --quiet
+	$(bin)/coverage report
+
+readme: setup ## README.md and CHANGELOG.md from nbs/index.ipynb and nbs/changelog.ipynb
 	$(bin)/python .ci/readme.py
 
-export: setup ## Modules and README.md from the notebooks
+export: setup ## Modules, README.md and CHANGELOG.md from the notebooks
 	$(bin)/nbdev-export
 	$(bin)/python .ci/readme.py
 
@@ -78,6 +90,10 @@ dist-test: setup ## Build wheel and sdist, install the wheel elsewhere, run READ
 oldest: ## Run the tests with the oldest versions that settings.ini allows (PYTHON=python3.10)
 	@$(MAKE) --no-print-directory pytest VENV=.venv-oldest CONSTRAINTS=.ci/oldest.txt EXTRAS=fused,test
 
+soak: setup ## The long runs: 20,000 sequences of the adversary, 50,000 random cases, 100,000 steps of each backend, 60 kills
+	ADVERSARY_SEQUENCES=20000 PROPERTY_EXAMPLES=50000 FASTXTEND_SOAK_STEPS=12500 FASTXTEND_KILLS=20 OMP_WAIT_POLICY=passive \
+		$(bin)/python -m pytest -n $(JOBS) -s tests/test_adversary.py tests/test_property.py tests/test_soak.py tests/test_resume.py $(ARGS)
+
 clean: ## Remove what was built, but not the environment
-	rm -rf build dist *.egg-info demo_out bench_out _docs _proc .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info demo_out bench_out _docs _proc htmlcov .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache
 	find fastxtend tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -14,17 +14,22 @@ pythons = ['3.10', '3.11', '3.12', '3.13']
 
 extras = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')}
 extras['all'] = sorted({o for reqs in extras.values() for o in reqs})
+url = cfg['git_url']
+urls = {'Repository': url, 'Issues': f'{url}/issues', 'Changelog': f'{url}/blob/main/CHANGELOG.md'} if url else {}
 
 setup(
     version=cfg['version'],
     license='Apache-2.0',
     classifiers=[
         f"Development Status :: {statuses[int(cfg['status'])]}",
-        f"Intended Audience :: {cfg['audience']}",
+        *(f"Intended Audience :: {o}" for o in cfg['audience'].split(', ')),
         f"Natural Language :: {cfg['language']}",
+        'Operating System :: OS Independent',
         'Programming Language :: Python :: 3',
         *(f'Programming Language :: Python :: {o}' for o in pythons[pythons.index(cfg['min_python']):]),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Software Development :: Libraries :: Python Modules',
+        'Typing :: Typed',
     ],
     packages=find_packages(include=['fastxtend', 'fastxtend.*']),
     install_requires=cfg['requirements'].split(),
@@ -32,5 +37,7 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     entry_points={'nbdev': ['fastxtend=fastxtend._modidx:d'], 'console_scripts': cfg['console_scripts'].split()},
+    package_data={'fastxtend': ['py.typed']},
+    project_urls=urls,
     zip_safe=False,
 )

@@ -26,6 +26,11 @@ const look = () => ({
   scroll: document.documentElement.scrollWidth - window.innerWidth,
   unseen: [...document.images].filter(o => !(o.complete && o.naturalWidth > 0)).length,
   plots: document.querySelectorAll('.cell-output img').length,
+  cut: [...document.querySelectorAll('pre')].filter(o => o.offsetParent && !(window.innerWidth < 600 && o.closest('.cell-output'))
+    && [o, ...o.children].some(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)).length,
+  off: [...document.querySelectorAll('table tr:first-child th')].filter(o => o.textContent.trim() === 'fused'
+    && (o.getBoundingClientRect().right > window.innerWidth || o.getBoundingClientRect().right > o.closest('table').parentElement.getBoundingClientRect().right + 1)).length,
+  twice: [...document.querySelectorAll('[id]')].map(o => o.id).filter((o, i, all) => all.indexOf(o) !== i),
   tables: [...document.querySelectorAll('table')].filter(o => /Details/.test(o.rows[0]?.textContent) && o.rows.length > 1).length,
   maths: document.querySelectorAll('span.math').length,
   katex: document.querySelectorAll('span.math .katex').length,
@@ -51,6 +56,9 @@ try {
       const seen = await page.evaluate(look)
       if (seen.scroll > 0) wrong(`scrolls sideways by ${seen.scroll} pixels`)
       if (seen.unseen) wrong(`${seen.unseen} pictures do not show`)
+      if (seen.cut) wrong(`${seen.cut} blocks of code are cut`)
+      if (seen.off) wrong(`the column of fused is off the screen in ${seen.off} tables`)
+      if (seen.twice.length) wrong(`ids are there twice: ${seen.twice}`)
       if (seen.katex !== seen.maths || seen.wrong) wrong(`${seen.maths} formulas, of which ${seen.katex} are set, ${seen.wrong} with errors`)
       for (const key in totals) totals[key] += seen[key]
       if (shots) await page.screenshot({path: join(shots, `${name.replace('.html', '')}.${device}.png`), fullPage: true})
@@ -69,6 +77,16 @@ try {
   const found = await results.evaluateAll(links => links.map(o => o.getAttribute('href')))
   if (shots) await page.screenshot({path: join(shots, 'search.png')})
   assert(found.some(o => /#adam$/.test(o)), `search for adam finds ${found}`)
+  const internals = [...readFileSync(join(site, '..', 'nbs', '_quarto.yml'), 'utf8').split('section: Internals')[1].matchAll(/([\w.]+)\.ipynb/g)].map(o => o[1] + '.html')
+  const input = page.locator('.smalldocs-search input').first()
+  for (const query of ['adam', 'learning rate', 'checkpoint', 'weight decay', 'momentum', 'fused', 'install', 'numba', 'profile', 'gpu']) {
+    await input.fill(query)
+    await page.waitForTimeout(200)
+    const first = (await results.first().getAttribute('href', {timeout: 5000})).split('#')[0]
+    if (internals.includes(first)) problems.push(`search for "${query}" finds ${first} first`)
+  }
+  await input.fill('adam')
+  await page.waitForTimeout(200)
   await results.first().click()
   await page.waitForURL(/\.html/)
   for (const key in totals) assert(totals[key] > 0, `no page has any ${key}`)

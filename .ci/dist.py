@@ -29,6 +29,7 @@ def check_files(sdist, wheel):
     modules = {o.relative_to(root).as_posix() for o in (root/'fastxtend').rglob('*.py')}
     assert modules == {o for o in files if o.endswith('.py')}, f'modules that differ: {modules ^ {o for o in files if o.endswith(".py")}}'
     assert any(o.endswith('/licenses/LICENSE') for o in files), 'no license in the wheel'
+    assert 'fastxtend/py.typed' in files, 'no py.typed in the wheel'
 
 def install(wheel, env, over):
     "New environment `env` with the wheel, its `fused` extra and a Jupyter kernel. Returns the folder of its programs"

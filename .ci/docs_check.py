@@ -1,21 +1,34 @@
-"""Check the built site: every link leads to a page, an anchor or a file that is there, and nothing is loaded from elsewhere
+"""Check the built site: every link leads to a page, an anchor or a file that is there, nothing is loaded from elsewhere, no id is there twice,
+no Markdown is shown as it was written, and what users look for comes first in the search. (What depends on the width of the window, as code that
+is cut, is looked at by .ci/browser.mjs.)
 
 `python .ci/docs_check.py [folder]` prints what is wrong, and exits with 1 if that is anything."""
-import json, sys
+import json, re, sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+raw = re.compile(r'\]\([^)\s]*\)|\*\*\S|`|^#+ \S|\|[ :-]*--[ :-]*\||:::|\{#[\w-]+\}|^\s*- search:', re.M)
+
 class Page(HTMLParser):
-    "What a page has and wants: `ids`, `links` (addresses in `<a>`), `loads` (what a browser fetches for it), `bare` images without `alt`"
+    """What a page has and wants: `ids`, `links` (addresses in `<a>`), `loads` (what a browser fetches for it), `bare` images without `alt`, `raw`
+    Markdown in its text, outside of code and formulas"""
     def __init__(self, path):
         super().__init__()
-        self.ids, self.links, self.loads, self.bare = Counter(), [], [], 0
+        self.ids, self.links, self.loads, self.bare, self.raw, self.within = Counter(), [], [], 0, [], []
         self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_data(self, data):
+        if not self.within: self.raw += raw.findall(data)
+
+    def handle_endtag(self, tag):
+        if self.within and self.within[-1] == tag: self.within.pop()
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
+        if tag in ('pre', 'code', 'script', 'style') or 'math' in (attrs.get('class') or '').split() or (self.within and tag == self.within[-1]):
+            self.within.append(tag)
         if 'id' in attrs: self.ids[attrs['id']] += 1
         if tag == 'a' and attrs.get('href'): self.links.append(attrs['href'])
         if tag == 'link' and attrs.get('rel') in ('stylesheet', 'icon'): self.loads.append(attrs['href'])
@@ -43,6 +56,7 @@ def check(folder):
             if urlsplit(address).netloc: yield path.name, f'{address} is loaded from another server'
         for name, n in page.ids.items():
             if n > 1: yield path.name, f'id {name} is there {n} times'
+        for what in dict.fromkeys(page.raw): yield path.name, f'shows Markdown as it was written: {what}'
         if page.bare: yield path.name, f'{page.bare} images have no alternative text (#| fig-alt: ...)'
     for css in folder.rglob('*.css'):
         if '@import url("http' in (text := css.read_text(encoding='utf-8')) or '@import url(http' in text: yield css.name, 'imports from another server'

@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     from fastcore.script import call_parse
     from sklearn.datasets import load_digits
 from fastxtend.optimizer import fused as optimizers
-from fastxtend.optimizer.core import OPTIMIZERS
+from fastxtend.optimizer.table import OPTIMIZERS
 
 BACKENDS = dict(native={}, foreach=dict(foreach=True), jit=dict(jit=True), fused=dict(fused=True))
 COLORS = dict(native='#9a9a9a', foreach='#1f77b4', jit='#ff7f0e', fused='#2ca02c')

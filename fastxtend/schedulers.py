@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from numbers import Integral, Real
 
 import numpy as np
@@ -19,7 +20,7 @@ __all__ = ['phased', 'training_share', 'read_changes', 'group_lrs']
 def phased(
     ends:list[float], # Where each phase ends, as a share of training: ascending, and the last is 1
     scheds:list, # The schedule of each phase: a function of the part of the phase that is done
-) -> callable: # A function of the share of training that is done
+) -> Callable: # A function of the share of training that is done
     "One schedule made of phases; unlike fastai's `combine_scheds` it takes where they end, so no lengths have to add up to exactly 1"
     starts = [0., *ends[:-1]]
     def sched(pos):
@@ -55,7 +56,7 @@ def read_changes(
     next_lr=None, # A learning rate, or a list with one for each change
     change_by=None, # An epoch or share of training, or a list with one for each change
     change_time:int|float|list=1, # Epochs or share of training a change takes
-    change_sched:callable|list=None, # Schedule of a change
+    change_sched:Callable|list|None=None, # Schedule of a change
 ) -> list[tuple]: # `(begin, end, next_lr, sched)` of each change, times as shares of training
     "The changes that the arguments of `fit_flat_varied` ask for; `TypeError` or `ValueError` if they make none"
     if (next_lr is None) != (change_by is None): raise ValueError("`next_lr` and `change_by` belong together: pass both or neither")
@@ -100,14 +101,13 @@ def fit_flat_varied(self:Learner,
     next_lr:float|slice|list|None=None, # Learning rate to change to, or a list with one for each change
     change_by:int|float|list|None=None, # When a change is complete: an epoch (`int`) or a share of training (`float`), or a list
     change_time:int|float|list=1, # How long a change takes: epochs (`int`) or a share of training (`float`), or a list
-    change_sched:callable|list|None=None, # Shape of a change, such as `SchedLin` or `partial(SchedPoly, power=2)`, or a list. `SchedCos` if `None`
+    change_sched:Callable|list|None=None, # Shape of a change, such as `SchedLin` or `partial(SchedPoly, power=2)`, or a list. `SchedCos` if `None`
     cbs:Callback|list|None=None, # Callbacks for this training
     reset_opt:bool=False, # Start with a new optimizer
     start_epoch:int=0, # Epoch to resume from
 ):
-    """Fit `self.model` for `n_epoch` at flat `start_lr`, which changes to each `next_lr` by `change_by`, before a final cosine annealing.
-    `TypeError` or `ValueError`, before anything is trained, if the changes overlap or reach into the final cosine, if the lists differ in
-    length, or if a value is out of range"""
+    """Train at one learning rate, go over to others on the way, and end with a cosine. `TypeError` or `ValueError`, before anything is
+    trained, if the changes overlap or reach into the final cosine, if the lists differ in length, or if a value is out of range"""
     if not _is_number(n_epoch, Integral) or n_epoch < 1: raise ValueError(f"`n_epoch` is a positive integer, not {n_epoch!r}")
     if not _is_number(pct_start) or not 0 <= pct_start <= 1: raise ValueError(f"`pct_start` is a share of training between 0 and 1, not {pct_start!r}")
     if not _is_number(div_final) or not div_final > 0: raise ValueError(f"`div_final` is a positive number, not {div_final!r}")

@@ -87,7 +87,7 @@ def data_is(change):
 def slot_is(change, name=None):
     def prepare(opt, params):
         state = opt.state[params[1]]
-        slot = name or next(k for k,v in state.items() if isinstance(v, Tensor) and k != 'local_lr')
+        slot = name or next(k for k,v in state.items() if isinstance(v, Tensor) and k not in KEPT)
         state[slot] = change(state[slot])
         return opt.step
     return prepare
@@ -122,8 +122,8 @@ USE = [
     Wrong('a sparse gradient',               grad_is(lambda g: g.to_sparse()), RuntimeError, r'gradient of .*\(10,\) float32 on cpu.*sparse=False'),
     Wrong('a parameter of another shape',    data_is(lambda d: d[:4].clone()), RuntimeError, r'gradient of a parameter of \(4,\).* is of \(10,\)'),
     Wrong('a parameter of another dtype',    data_is(lambda d: d.double()), RuntimeError, 'float64 on cpu is of .*float32.*zero_grad'),
-    Wrong('a slot of another shape',         slot_is(lambda s: s[:4].clone()), RuntimeError, r"_avg' of a parameter of \(10,\).*must agree"),
-    Wrong('a slot that would broadcast',     slot_is(lambda s: s[:1].clone()), RuntimeError, r"_avg' of a parameter of \(10,\).*must agree"),
+    Wrong('a slot of another shape',         slot_is(lambda s: s[:4].clone()), RuntimeError, r"state '\w+' of a parameter of \(10,\).*must agree"),
+    Wrong('a slot that would broadcast',     slot_is(lambda s: s[:1].clone()), RuntimeError, r"state '\w+' of a parameter of \(10,\).*must agree"),
     Wrong('a slot of another dtype',         slot_is(lambda s: s.double()), RuntimeError, 'float64 on cpu, and they must agree'),
     Wrong('a slot on another device',        slot_is(lambda s: s.to('meta')), RuntimeError, 'on meta, and they must agree'),
     Wrong('a sparse slot',                   slot_is(lambda s: s.to_sparse()), RuntimeError, 'layout torch.sparse_coo'),
@@ -155,7 +155,7 @@ def each_state(change): return lambda sd: {**sd, 'state': [change(s) for s in sd
 def each_slot(change):
     "One slot of each parameter"
     def changed(state):
-        slot = next(k for k,v in state.items() if isinstance(v, Tensor) and k != 'local_lr')
+        slot = next(k for k,v in state.items() if isinstance(v, Tensor) and k not in KEPT)
         return {**state, slot: change(state[slot])}
     return each_state(changed)
 

@@ -7,11 +7,11 @@ from torch import nn
 
 from fastxtend.benchmark import models, steps, training
 from fastxtend.benchmark.__main__ import command, main
-from fastxtend.benchmark.models import NotInstalled, UnknownName, model_shapes, shapes_of
-from fastxtend.benchmark.report import PUBLISHED, frame, machine, pivot, published_table, step_report, time_cell
+from fastxtend.benchmark.models import CliError, NotInstalled, UnknownName, model_shapes, shapes_of
+from fastxtend.benchmark.report import PUBLISHED, frame, machine, noisy, pivot, published_table, step_report, step_summary, time_cell, verdict
 from fastxtend.benchmark.steps import (LR, OPTIMI, OURS, TIMM, TORCH, WARM_UP, Benchmark, Contest, Contestant, Stopwatch, Watcher,
                                        bytes_per_parameter, choose_backends, device_name, group_lrs, hypers_of, race, recommend, tensors_per_parameter)
-from fastxtend.optimizer.core import OPTIMIZERS
+from fastxtend.optimizer.table import OPTIMIZERS
 
 class FakeClock:
     "A clock that moves when it is told to"
@@ -160,7 +160,7 @@ def test_missing_packages_are_skipped_by_name(monkeypatch):
     find_spec = models.importlib.util.find_spec
     monkeypatch.setattr(models.importlib.util, 'find_spec', lambda n: None if n == 'timm' else find_spec(n))
     model_shapes.cache_clear()
-    with pytest.raises(NotInstalled, match=r"'timm'.*fastxtend\[bench\]"): model_shapes('ViT-S/16')
+    with pytest.raises(NotInstalled, match="'timm'.*pip install timm"): model_shapes('ViT-S/16')
     monkeypatch.setitem(sys.modules, 'optimi', None)
     bench = Benchmark(['ViT-S/16', '3x5'], ['SGD'], ['native', 'optimi'])
     assert [(r.model, r.backend) for r in bench.run(0)] == [('3x5', 'native')]
@@ -246,7 +246,110 @@ def test_published_tables(table):
     lines = published_table(pd.DataFrame(rows), table).splitlines()[2:]
     assert len(lines) == 2*len(PUBLISHED[table]) and all('50%' in l and '20%' in l and '200%' in l for l in lines[1::2])
 
+def results(**times):
+    "Results of Adam on one model, from 10th percentile, median and 90th percentile of each backend"
+    native = times['native'][1] if 'native' in times else math.nan
+    return pd.DataFrame([dict(model='m', groups=1, optimizer='Adam', backend=b, ms_p10=lo, ms=ms, ms_p90=hi, speedup=native/ms, tensors=1, elements=10**6)
+                         for b,(lo,ms,hi) in times.items()])
+
+CASE = ['model', 'groups', 'optimizer']
+
+@pytest.mark.parametrize('fused,is_noisy', [((1, 2, 2.9), False), ((1, 2, 3.1), True), ((6.1, 7, 8), False), ((5.9, 7, 8), True), ((3, 3.9, 6), False)])
+def test_noisy_is_what_spreads_by_more_than_it_differs(fused, is_noisy):
+    "Faster or slower; less than 5% apart claims nothing"
+    df = results(native=(3, 4, 6), fused=fused)
+    assert noisy(df, CASE, 'ms') == [False, is_noisy]
+    text = step_summary(df)
+    assert ('x** noisy |' in text) == is_noisy == ('Noisy, run again: 1 of 2' in text)
+
+def test_verdict():
+    df = pd.concat([results(native=(4, 4, 4), jit=(2, 2, 2), fused=(1, 1, 1)), results(native=(4, 4, 4), jit=(2, 2, 2), fused=(2.1, 2.1, 2.1)).assign(model='n'),
+                    results(native=(4, 4, 4), jit=(2, 2, 2), fused=(.5, .5, .5)).assign(model='o')])
+    assert verdict(df, CASE, 'ms') == 'fused is the fastest in 2 of 3 cases: 1.90 to 8.00 times as fast as fastai native.'
+    assert verdict(results(native=(1, 1, 1), jit=(2, 2, 2)), CASE, 'ms') == 'native is the fastest in 1 of 1 cases.'
+    assert verdict(results(fused=(1, 1, 1)), CASE, 'ms') == 'fused is the fastest in 1 of 1 cases.', "nothing to compare with"
+    assert step_summary(df, {'timm': 'is missing'}).endswith(verdict(df, CASE, 'ms')) and verdict(df, CASE, 'ms') in step_report(df.assign(
+        share=1., gb_s=1., calls=1, extra_mb=0.), {})
+
 # The command
+
+@pytest.mark.parametrize('message,kwargs', [
+    ("--seconds is a number of at least 0, not nan", dict(seconds=math.nan)), ("--seconds .* not -1", dict(seconds=-1.)),
+    ("--seconds .* not inf", dict(seconds=math.inf)), ("--turn .* not -5", dict(turn=-5.)), ("--turn .* not nan", dict(turn=math.nan)),
+    ("--threads .* not -1", dict(threads=-1)), ("--epochs is a number of at least 1, not 0", dict(train='digits', epochs=0)),
+    ("--name '../../x' is no beginning", dict(name='../../x')), ("--name 'a/b'", dict(name='a/b')), (r"--name 'a\\b'", dict(name='a\\b')),
+    ("--name '..'", dict(name='..')),
+    ("--optimizers ',' names nothing", dict(optimizers=',')), ("--models ',' names nothing", dict(models=',')), ("--backends", dict(backends=',')),
+    ("Unknown optimizer 'adagrad'", dict(optimizers='adagrad', quick=True)), ("Unknown optimizer 'adagrad'", dict(optimizers='adagrad', recommend=True)),
+    ("Unknown optimizer 'adagrad'", dict(optimizers='adagrad', train='digits')), ("Unknown optimizer 'adagrad'", dict(optimizers='sgd,adagrad')),
+    ("Unknown model ':'", dict(models=':')), ("Unknown model '10x0'", dict(models='10x0')), ("Unknown model '0x10'", dict(models='0x10')),
+    ("'os:getpid' returns neither a model", dict(models='os:getpid')), ("'os:sep' is no function", dict(models='os:sep')),
+    ("Unknown model '.x:y'", dict(models='.x:y')),
+    ("--models, --seconds: not for --train", dict(train='digits', models='tiny', seconds=2.)), ("--epochs: only for --train", dict(epochs=3)),
+    ("--backends, --name: not for --recommend", dict(recommend=True, backends='fused', name='x')),
+    ("--recommend takes one number of groups", dict(recommend=True, groups='1,2')),
+    ("--device cuda: .* no CUDA GPU", dict(device='cuda')), ("--device CUDA:1: .* no CUDA GPU", dict(device='CUDA:1'))])
+def test_what_makes_no_sense_is_refused(message, kwargs, tmp_path, monkeypatch):
+    "before anything is measured or written"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(CliError, match=message): main(**kwargs)
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('place', ['a_file', 'a_file/in_it', 'null\0'])
+def test_out_that_cannot_be_written(place, tmp_path):
+    (tmp_path/'a_file').write_text('mine')
+    with pytest.raises(CliError, match="Cannot write to --out"): main(models='3x3', out=str(tmp_path/place))
+    assert (tmp_path/'a_file').read_text() == 'mine'
+
+def test_results_that_cannot_be_written(tmp_path):
+    (tmp_path/'steps.csv').mkdir()
+    with pytest.raises(CliError, match="Cannot write .*steps.csv"): main(models='3x3', optimizers='SGD', backends='native', seconds=0., out=str(tmp_path))
+
+@pytest.mark.parametrize('given,measured', [
+    ({}, dict(models=['tiny', 'XResNet18'], optimizers=['SGD', 'Adam', 'Lamb'], seconds=1.)),
+    (dict(models='3x3', optimizers='radam', seconds=3.), dict(models=['3x3'], optimizers=['RAdam'], seconds=3.)),
+    (dict(optimizers='all'), dict(models=['tiny', 'XResNet18'], optimizers=[*OPTIMIZERS], seconds=1.))])
+def test_quick_heeds_what_is_given(given, measured, tmp_path, monkeypatch):
+    "also what is the default without it, as 3 seconds are"
+    def run(self, seconds, *args):
+        assert dict(models=self.models, optimizers=self.optimizers, seconds=seconds) == measured
+        raise InterruptedError
+    monkeypatch.setattr(Benchmark, 'run', run)
+    with pytest.raises(InterruptedError): main(quick=True, out=str(tmp_path), **given)
+
+def test_quick_training(tmp_path, monkeypatch):
+    def run(self, epochs, *args):
+        assert epochs == 1 and self.optimizers == ['Adam']
+        raise InterruptedError
+    monkeypatch.setattr(training.TrainingBenchmark, 'run', run)
+    with pytest.raises(InterruptedError): main(quick=True, train='digits', out=str(tmp_path))
+
+def test_recommendation_says_when_it_is_noise(stubs, monkeypatch, capsys):
+    "Steps of fused and jit take much longer or less long than they differ"
+    clock = FakeClock()
+    monkeypatch.setattr(steps, 'Stopwatch', lambda device, _: Stopwatch(device, clock))
+    for jit,again in (([1., 3., 2.2, 1.1, 3.5, 2.], 'noisy, run again: fused and jit spread'), ([2.], None)):
+        stubs(clock, native=[9.], foreach=[8.], jit=jit, fused=[1., 1.5, 2.5, 1.2, 1.4, 3.1] if again else [1.])
+        main(models='3x3', recommend=True, seconds=0.)
+        out = capsys.readouterr().out
+        assert 'adam(fused=True)' in out and (again in out if again else 'noisy' not in out)
+
+def test_tables_fit_the_terminal(monkeypatch):
+    "Columns are aligned, and no name is cut, however narrow the terminal"
+    from io import StringIO
+    from rich.console import Console
+    from fastxtend.benchmark import __main__ as bench
+    df = results(**{b: (1, 2, 3) for b in ('native', 'foreach', 'jit', 'fused', 'torch_foreach', 'torch_fused')})
+    for width in (60, 80, 120):
+        out = StringIO()
+        monkeypatch.setattr(bench, 'Console', lambda **kwargs: Console(file=out, width=width))
+        bench.show(step_summary(df))
+        lines = out.getvalue().splitlines()
+        assert max(map(len, lines)) <= width and '…' not in out.getvalue() and '|' not in out.getvalue()
+        assert sum('2.00 ms' in o for o in lines) <= 1 and 'Verdict' in out.getvalue()
+
+# The command, from a shell
 
 def run_command(*args, **kwargs):
     return subprocess.run([sys.executable, '-m', 'fastxtend.benchmark', *args], capture_output=True, text=True, **kwargs)
@@ -258,16 +361,42 @@ def test_command(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['cpu.csv', 'cpu.md'] + [f'cpu_{k}.png' for k in ('groups', 'roofline', 'speedup', 'tensors')]
     df = pd.read_csv(tmp_path/'cpu.csv')
     assert len(df) == 2*2*2 and (df.ms > 0).all() and set(df.groups) == {1, 3}
-    assert '## Time of a step' in res.stdout and '300x100, 3 groups' in (tmp_path/'cpu.md').read_text()
+    assert '300x100, 3 groups' in (tmp_path/'cpu.md').read_text() and '| optimizer |' in (tmp_path/'cpu.md').read_text()
+    assert '300x100, 3 groups' in res.stdout and '|' not in res.stdout.split('Time of a step')[1], "Markdown is for the file"
+    assert res.stdout.index('Verdict') > res.stdout.rindex(' ms') and 'is the fastest in' in res.stdout
 
 @pytest.mark.parametrize('args', [['--models', 'nothing'], ['--optimizers', 'Adagrad'], ['--backends', 'apex'], ['--device', 'abacus']])
 def test_command_explains_errors(args):
     res = run_command(*args)
     assert res.returncode == 1 and 'Known: ' in res.stderr and 'Traceback' not in res.stderr
 
-def test_command_recommends():
-    res = run_command('--recommend', '--models', '20x20', '--seconds', '.05')
-    assert res.returncode == 0 and res.stdout.count('opt_func=adam(') == 1, res.stderr
+@pytest.mark.parametrize('args', [['--name', '../x'], ['--models', 'os:getpid'], ['--models', ':'], ['--seconds', 'nan'], ['--out', __file__]])
+def test_command_refuses_without_a_traceback(args):
+    res = run_command(*args)
+    assert res.returncode == 1 and 'Traceback' not in res.stderr and args[1] in res.stderr.splitlines()[-1]
+
+def test_errors_with_the_oldest_fastcore():
+    "which has no `CliError`: ours ends the command with its message as well"
+    code = '''
+import runpy, sys, types
+import fastai.torch_basics, fastcore.script
+script = sys.modules['fastcore.script'] = types.ModuleType('fastcore.script')
+script.call_parse = fastcore.script.call_parse
+sys.argv[1:] = ['--models', ':']
+runpy.run_module('fastxtend.benchmark', run_name='__main__')'''
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert res.returncode == 1 and res.stderr.startswith("Unknown model ':'"), res.stderr
+
+def test_command_recommends_for_a_model_in_the_current_folder(tmp_path):
+    "also when it is started by the script that pip installs, for which Python does not look there"
+    (tmp_path/'mymod.py').write_text('import torch\ndef net(): return torch.nn.Linear(30, 4)\n')
+    (tmp_path/'bin').mkdir()
+    script = tmp_path/'bin/fastxtend-bench'
+    script.write_text("import sys\nfrom fastxtend.benchmark.__main__ import main\nif __name__ == '__main__': sys.exit(main())\n")
+    path = os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')])
+    res = subprocess.run([sys.executable, script, '--recommend', '--models', 'mymod:net', '--seconds', '.05'], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, 'PYTHONPATH': path})
+    assert res.returncode == 0 and res.stdout.count('opt_func=adam(') == 1 and 'Fastest on mymod:net' in res.stdout, res.stderr
 
 def test_command_keeps_results_on_ctrl_c(tmp_path):
     proc = subprocess.Popen([sys.executable, '-m', 'fastxtend.benchmark', '--models', 'tiny,XResNet50', '--optimizers', 'SGD', '--backends', 'native',

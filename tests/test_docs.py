@@ -31,6 +31,14 @@ def site(tmp_path):
 
 def test_a_good_site(site): assert list(docs_check.check(site)) == []
 
+@pytest.mark.parametrize('text', ['<pre>**kwargs `x` ](y)</pre>', '<code>f(**kwargs)</code>', '<pre><code><span>a</span> = `b`</code></pre>',
+                                  r'<span class="math inline">\(a**b\)</span>', '<script>a = `b`</script>'])
+def test_code_may_look_like_markdown(site, text):
+    (site/'b.html').write_text('<p id="there"></p>' + text)
+    assert list(docs_check.check(site)) == []
+    (site/'b.html').write_text(f'<p id="there"></p>{text}<p>`raw`</p>')
+    assert len(list(docs_check.check(site))) == 1, "what comes after it is looked at"
+
 @pytest.mark.parametrize('file,old,new,problem', [
     ('index.html', 'b.html#there', 'c.html', 'c.html leads nowhere'),
     ('index.html', 'b.html#there', 'b.html#here', 'b.html#here has no such anchor'),
@@ -38,6 +46,11 @@ def test_a_good_site(site): assert list(docs_check.check(site)) == []
     ('index.html', 'b.html#there', '../b.html', '../b.html leads out of the site'),
     ('index.html', 'a.css', 'https://example.com/a.css', 'https://example.com/a.css is loaded from another server'),
     ('index.html', '<h1 id="top">', '<h1 id="top"><b id="top">', 'id top is there 2 times'),
+    ('index.html', '>A<', '>[ <code>SGD</code> ](#sgd)<', 'shows Markdown as it was written: ](#sgd)'),
+    ('index.html', '>A<', '>a **bold** word<', 'shows Markdown as it was written: **b'),
+    ('index.html', '>A<', '>`code`<', 'shows Markdown as it was written: `'),
+    ('index.html', '>A<', '>| a | b |\n|---|--:|<', 'shows Markdown as it was written: |---'),
+    ('index.html', '>A<', '>## A heading<', 'shows Markdown as it was written: ## A'),
     ('b.html', ' alt="a plot"', '', '1 images have no alternative text'),
     ('b.html', 'p.png', 'q.png', 'q.png leads nowhere'),
     ('a.css', 'p {', '@import url(https://example.com/f.css); p {', 'imports from another server'),
@@ -81,11 +94,22 @@ def test_readme_states_the_versions():
 def test_readme_states_what_was_measured():
     "Each line of its table of times is in a report"
     reports = '\n'.join((root/'benchmarks'/f'{n}.md').read_text() for n in ('cpu', 'cpu_deberta'))
-    lines = re.findall(r'^\| ([\w-]+) \| [\d.]+ million in \d+ \| (.*) \|$', (root/'README.md').read_text(), re.M)
-    assert len(lines) == 6
-    for model,cells in lines:
-        adam = re.search(rf'### {model}\n.*?\| Adam \| ([^\n]*) \|\n', reports, re.S)[1]
-        assert set(cells.split(' | ')) < set(adam.split(' | '))
+    readme = (root/'README.md').read_text(encoding='utf-8')
+    lines = re.findall(r'^\| ([\w-]+) \| ([\d.]+ ms \| .*) \| ([\d.]+) \| (\d+) \|$', readme, re.M)
+    assert len(lines) == 6 and '| native | `fused` | `torch.optim` | `foreach` | `jit` | million | tensors |' in readme
+    for model,cells,million,tensors in lines:
+        size, adam = re.search(rf'### {model}\n\n(.*?)\n.*?\| Adam \| ([^\n]*) \|\n', reports, re.S).groups()
+        native, foreach, jit, fused, _, torch_fused = adam.split(' | ')
+        assert cells.split(' | ') == [native, fused, torch_fused, foreach, jit]
+        assert size == f'{tensors} tensors, {million} million parameters'
+
+def test_readme_states_what_training_gains():
+    "Its first sentence has two figures of each of the two trainings, for steps and epochs"
+    report = (root/'benchmarks/training.md').read_text(encoding='utf-8')
+    fused = re.findall(r'\| Adam \| fused \| .*?\*\*([\d.]+)x\*\*.*?\*\*([\d.]+)x\*\*', report)
+    readme = (root/'README.md').read_text(encoding='utf-8')
+    told = re.search(r'a step of Adam is ([\d.]+) times .* epoch ([\d.]+) times .* it is ([\d.]+) and ([\d.]+) times', readme).groups()
+    assert told == tuple(o for epoch,step in fused for o in (step, epoch))
 
 def test_docs_requirements_are_pinned():
     pinned = {o.split('==')[0] for o in (root/'constraints.txt').read_text().splitlines()}
@@ -121,6 +145,47 @@ def test_what_readers_see_of_a_notebook(tmp_path, monkeypatch):
     run, = (o for o in page.cells if o.source == 'hidden*7')
     assert run.outputs[0]['data']['text/plain'] == ['42']
     assert '#| fig-alt: "Times"' in shown[-1]
+
+@pytest.mark.parametrize('line,linked', [
+    ('`Adam` and `adam(lr=1, **kwargs)`, not `lr=1` or `Other`', '[`Adam`](a.html#adam) and [`adam(lr=1, **kwargs)`](a.html#adam), not `lr=1` or `Other`'),
+    ('| [`Adam`](#adam) | `Adam` |', '| [`Adam`](#adam) | [`Adam`](a.html#adam) |'),
+    ('![`Adam`](plot.png) [see `Adam` there](b.html) `Adam()`', '![`Adam`](plot.png) [see `Adam` there](b.html) [`Adam()`](a.html#adam)')])
+def test_names_are_linked_but_not_within_links(line, linked):
+    import docs
+    assert docs.link_line(line, {'Adam': 'a.html#adam', 'adam': 'a.html#adam'}.get) == linked
+
+def test_public_names_come_before_internals():
+    "`sgd` is the helper for users, and not the rule of the same name"
+    pytest.importorskip('nbdev')
+    import docs
+    table = docs.lookup()
+    assert table.doc('sgd') == table.doc('SGD') == 'optimizer.fused.html#sgd'
+    assert table.doc('learn.profile') == table.doc('Learner.profile') == 'callback.profiler.html#learner.profile'
+    assert table.doc('fit_flat_varied') == table.doc('Learner.fit_flat_varied') == 'schedulers.html#learner.fit_flat_varied'
+    assert table.doc('no_such_name') is None and table.doc('no_such_name.step') is None
+    cell = dict(cell_type='markdown', source='[`SGD`](#sgd) and `sgd`')
+    assert table.linkify(cell['source']) == '[`SGD`](#sgd) and [`sgd`](optimizer.fused.html#sgd)'
+
+def test_numbers_stay_with_their_units():
+    import docs
+    page = '<p>2.35 ms</p><table><tr><th>1 ms</th><td style="x">2.35 ms <strong>3.35x</strong></td><td>2.9 or later 11.2 million</td></tr></table>'
+    assert docs.mend_cells(page) == page.replace('1 ms', '1\xa0ms').replace('<td style="x">2.35 ms', '<td style="x">2.35\xa0ms').replace('11.2 m', '11.2\xa0m')
+
+def test_links_to_the_source():
+    import docs
+    page = '---\n\n[source](/blob/main/fastxtend/a.py#L{}){{target="_blank"}}\n\n### f\n\n[source](b.ipynb)'
+    assert docs.mend_sources(page.format(3), 'https://example.com/x') == page.format(3).replace('/blob', 'https://example.com/x/blob')
+    assert docs.mend_sources(page.format('None'), 'https://example.com/x') == page.replace('#L{}', '').replace('/blob', 'https://example.com/x/blob').replace('{{', '{').replace('}}', '}')
+    assert docs.mend_sources(page.format(3), '') == '---\n\n### f\n\n[source](b.ipynb)'
+
+def test_internals_come_last_in_the_search(tmp_path):
+    import docs, json
+    entries = [dict(href='core.html#a', text='adam'), dict(href='a.html', text='adam'), dict(href='core.html', text='x'), dict(href='b.html#c', text='y')]
+    (tmp_path/'search.json').write_text(json.dumps(entries))
+    docs.rank_search(tmp_path, {'core.html'})
+    assert json.loads((tmp_path/'search.json').read_text()) == [entries[1], entries[3], dict(href='core.html#a', text=''), dict(href='core.html', text='')]
+    config = pytest.importorskip('yaml').safe_load((root/'nbs/_quarto.yml').read_text(encoding='utf-8'))
+    assert config['website']['sidebar']['contents'][-1]['section'] == 'Internals' and 'optimizer.core.html' in docs.internal_pages(config)
 
 def test_links_to_names_without_a_heading(tmp_path):
     "A method leads to its class, what is not described at all to the page, and all others where they led"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parent.parent
+sys.path.insert(0, str(root/'.ci'))
 
 @pytest.fixture(scope='module')
 def settings():
@@ -25,34 +26,113 @@ def test_settings_and_pyproject_agree(settings, pyproject):
     assert project['requires-python'] == f">={settings['min_python']}"
     assert project['keywords'] == settings['keywords'].split()
     assert [a['name'] for a in project['authors']] == [settings['author']]
-    assert project['urls']['Repository'] == settings['git_url']
+    assert 'urls' in project['dynamic'] and 'urls' not in project
     assert nbdev['update_pyproject'] is False
 
 def test_version_agrees(settings):
     tree = ast.parse((root/'fastxtend/__init__.py').read_text(encoding='utf-8'))
     versions = [o.value.value for o in tree.body if isinstance(o, ast.Assign) and o.targets[0].id == '__version__']
     assert versions == [settings['version']]
+    citation = (root/'CITATION.cff').read_text(encoding='utf-8')
+    assert re.findall('^version: (.*)$', citation, re.M) == [settings['version']]
+    assert re.findall('^## ([0-9.]+)$', (root/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[0] == settings['version']
 
-@pytest.fixture(scope='module')
-def metadata(tmp_path_factory):
-    "What setup.py and pyproject.toml make of it together: fields of the package's metadata, and its entry points"
-    tmp = tmp_path_factory.mktemp('egg')
-    subprocess.run([sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', tmp], cwd=root, check=True, capture_output=True)
+def test_no_placeholders():
+    "What a template leaves to be filled in"
+    for name in ('LICENSE', 'CONTRIBUTING.md', 'SECURITY.md', 'CITATION.cff', 'README.md'):
+        assert not re.search(r'\[yyyy\]|\[name of|FILL.?IN|TODO|XXX', (root/name).read_text(encoding='utf-8')), name
+
+def test_links_in_the_repository():
+    "Files that Markdown in the root links to are there, and so are their headings in Markdown"
+    def anchors(text): return {re.sub(r'[^\w -]', '', o).strip().lower().replace(' ', '-') for o in re.findall('^#+ (.*)$', text, re.M)}
+    for file in sorted(root.glob('*.md')):
+        text = file.read_text(encoding='utf-8')
+        for target in re.findall(r'\]\((?!https?:)([^)]+)\)', text):
+            name, _, anchor = target.partition('#')
+            path = root/name if name else file
+            assert path.is_file(), f'{file.name}: {target}'
+            if anchor and path.suffix == '.md': assert anchor in anchors(path.read_text(encoding='utf-8')), f'{file.name}: {target}'
+
+@pytest.mark.parametrize('file', sorted([*(root/'.github').rglob('*.yml'), root/'.pre-commit-config.yaml', root/'CITATION.cff']), ids=lambda o: o.name)
+def test_yaml_is_read(file):
+    yaml = pytest.importorskip('yaml')
+    content = yaml.safe_load(file.read_text(encoding='utf-8'))
+    assert isinstance(content, dict)
+    if file.parent.name == 'workflows': assert content['jobs'] and all('runs-on' in o and 'steps' in o for o in content['jobs'].values())
+    if file.parent.name == 'ISSUE_TEMPLATE' and file.name != 'config.yml': assert {'name', 'description', 'body'} <= content.keys()
+
+def test_targets_of_make_exist():
+    "What workflows and CONTRIBUTING.md run with make"
+    targets = {*re.findall('^([a-z-]+):', (root/'Makefile').read_text(encoding='utf-8'), re.M)}
+    files = [*(root/'.github/workflows').glob('*.yml'), root/'CONTRIBUTING.md', root/'README.md']
+    asked = {o for f in files for line in re.findall(r'^(?:.*[:`] )?`?make ([a-z -]+?)(?:  |`|$| [A-Z])', f.read_text(encoding='utf-8'), re.M) for o in line.split()}
+    assert {'docs', 'oldest', 'coverage', 'test', 'demo', 'setup'} <= asked <= targets
+
+def test_ruff_is_quiet():
+    "as in `make lint`"
+    ruff = shutil.which('ruff', path=str(Path(sys.executable).parent)) or shutil.which('ruff')
+    if not ruff: pytest.skip("ruff is not installed")
+    res = subprocess.run([ruff, 'check', 'fastxtend', 'tests', 'examples', '.ci', 'setup.py', '--no-cache'], cwd=root, capture_output=True, text=True)
+    assert res.returncode == 0, res.stdout
+
+def built(source, tmp):
+    "What setup.py and pyproject.toml in the folder `source` make of it together: fields of the package's metadata, and its entry points"
+    subprocess.run([sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', tmp], cwd=source, check=True, capture_output=True)
     info = next(tmp.glob('*.egg-info'))
     entries = ConfigParser(delimiters=['='])
     entries.read(info/'entry_points.txt', encoding='utf-8')
-    return (info/'PKG-INFO').read_text(encoding='utf-8').split('\n\n')[0], entries
+    return (info/'PKG-INFO').read_text(encoding='utf-8').split('\n\n')[0], (info/'requires.txt').read_text(encoding='utf-8').split(), entries
+
+@pytest.fixture(scope='module')
+def metadata(tmp_path_factory): return built(root, tmp_path_factory.mktemp('egg'))
+
+def test_the_earlier_project_is_older(settings):
+    "PyPI's fastxtend, another project, ended with 0.1.7: what is ours has to sort above it"
+    assert [*map(int, settings['version'].split('.'))] >= [0, 2, 0]
+
+@pytest.mark.parametrize('url', ['', 'https://example.com/some/where'])
+def test_one_address(settings, tmp_path, url):
+    "The repository's address stands in settings.ini, and metadata and site have it from there, or go without"
+    source, egg = tmp_path/'source', tmp_path/'egg'
+    egg.mkdir()
+    shutil.copytree(root/'fastxtend', source/'fastxtend', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(root/name, source/name)
+    (source/'settings.ini').write_text(re.sub('(?m)^git_url =.*$', f'git_url = {url}', (root/'settings.ini').read_text(encoding='utf-8')), encoding='utf-8')
+    urls = dict(o.split(', ') for o in re.findall('^Project-URL: (.*)$', built(source, egg)[0], re.M))
+    assert urls == ({k: url + v for k,v in dict(Repository='', Issues='/issues', Changelog='/blob/main/CHANGELOG.md').items()} if url else {})
+    pytest.importorskip('yaml')
+    import docs
+    config = docs.site_config((root/'nbs/_quarto.yml').read_text(encoding='utf-8'), url)
+    assert (url in config and 'repo-url' in config) if url else 'repo-url' not in config
+
+def test_no_address_is_invented(settings):
+    "No file has an address of a repository of ours but settings.ini"
+    files = subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True, text=True)
+    if files.returncode: pytest.skip("not a git repository")
+    found = [o for o in files.stdout.split('\0') if Path(o).suffix not in ('', '.png', '.csv', '.ini')
+             and re.search(r'git(hub|lab)\.(com|io)/[\w.-]*fastxtend|fastxtend\.github\.io', (root/o).read_text(encoding='utf-8'))]
+    assert found == []
 
 def test_what_is_built(settings, metadata):
-    fields, entries = metadata
+    fields, required, entries = metadata
     for field in (f"Name: {settings['lib_name']}", f"Version: {settings['version']}", f"Summary: {settings['description']}",
                   f"Requires-Python: >={settings['min_python']}", 'License: Apache-2.0'):
         assert re.search(f'^{re.escape(field)}$', fields.replace('License-Expression', 'License'), re.M), field
     assert set(re.findall('^Provides-Extra: (.*)$', fields, re.M)) == {'fused', 'bench', 'docs', 'test', 'dev', 'all'}
-    for requirement in settings['requirements'].split(): assert requirement in fields
+    assert required[:len(settings['requirements'].split())] == settings['requirements'].split()
     assert dict(entries['nbdev']) == {'fastxtend': 'fastxtend._modidx:d'}
     scripts = dict(o.split('=') for o in settings['console_scripts'].split())
     assert (dict(entries['console_scripts']) if scripts else {}) == scripts
+
+def test_types_are_published():
+    "`py.typed` tells type checkers to read the annotations, in which what can be called is a `Callable`: `callable` is a function"
+    assert (root/'fastxtend/py.typed').is_file()
+    later = {'optimizer', 'steps.py'}
+    for path in (root/'fastxtend').rglob('*.py'):
+        if later & {*path.relative_to(root).parts}: continue
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding='utf-8')))]
+        annotations = [a for o in nodes for a in (getattr(o, 'annotation', None), getattr(o, 'returns', None)) if a]
+        assert not any(getattr(o, 'id', None) == 'callable' for a in annotations for o in ast.walk(a)), path
 
 def test_console_scripts_exist(settings):
     for script in settings['console_scripts'].split():
@@ -90,7 +170,7 @@ def run_in(tmp, *cmd, **env):
 def project(tmp_path):
     "A small nbdev project in git with our sync check"
     pytest.importorskip('nbdev')
-    for name in ('pyproject.toml', '.ci/sync', '.ci/readme.py', '.ci/outputs.py', 'nbs/index.ipynb', 'nbs/basics.ipynb', 'fastxtend/__init__.py'):
+    for name in ('pyproject.toml', '.ci/sync', '.ci/readme.py', '.ci/outputs.py', 'nbs/index.ipynb', 'nbs/changelog.ipynb', 'nbs/basics.ipynb', 'fastxtend/__init__.py'):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         shutil.copy(root/name, tmp_path/name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -110,9 +190,9 @@ def test_sync(project):
     def sync(**env):
         res = run('bash', '.ci/sync', **env)
         return res.returncode, res.stdout + res.stderr
-    assert sync(CI='true') == (0, 'sync: modules, README.md and notebooks agree\n')
+    assert sync(CI='true') == (0, 'sync: modules, README.md, CHANGELOG.md and notebooks agree\n')
 
-    module, readme, page = path/'fastxtend/basics.py', path/'README.md', path/'nbs/basics.ipynb'
+    module, readme, changelog, page = path/'fastxtend/basics.py', path/'README.md', path/'CHANGELOG.md', path/'nbs/basics.ipynb'
     def change(**cell):
         nb = json.loads(page.read_text())
         code = next(c for c in nb['cells'] if '#| export' in ''.join(c['source']))
@@ -145,6 +225,12 @@ def test_sync(project):
     commit()
     code, out = sync()
     assert code == 1 and 'README.md' in out
+
+    commit()
+    changelog.write_text('# Changelog\n\nby hand\n')
+    commit()
+    code, out = sync()
+    assert code == 1 and 'CHANGELOG.md' in out and 'by hand' not in changelog.read_text()
 
     commit()
     change(source=['#| export\n', 'changed = 1'])

@@ -5,25 +5,30 @@
 # %% ../../nbs/benchmark.ipynb #622abb74
 from __future__ import annotations
 
-import shlex, warnings
+import math, shlex, sys, tempfile, warnings
+from contextlib import suppress
 
 import torch
 from fastai.torch_basics import *
-from fastcore.script import CliError, call_parse
+from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
+from rich.console import Console
+from rich.markdown import Markdown, TableElement
 
-from .models import MODELS, look_up, model_name
-from .report import frame, machine, save_plots, step_report
-from .steps import CONTESTANTS, OURS, TURN, Benchmark, choose, choose_backends, device_name, optimizer_name, recommend
-from .training import TASKS, TrainingBenchmark, plot_epochs, task_name, training_report
-from ..optimizer.core import OPTIMIZERS
+from .models import MODELS, CliError, NotInstalled, look_up, model_name, model_shapes
+from .report import AGAIN, frame, machine, overlap, save_plots, step_report, step_summary
+from .steps import (CONTESTANTS, OURS, TURN, Benchmark, choose, choose_backends, contestant_name, device_name, optimizer_name,
+                                       recommend)
+from .training import TASKS, TrainingBenchmark, plot_epochs, task_name, training_report, training_summary
+from ..optimizer.table import OPTIMIZERS
 
 # %% auto #0
-__all__ = ['DTYPES', 'QUICK', 'command', 'main']
+__all__ = ['DTYPES', 'DEFAULTS', 'QUICK', 'command', 'show', 'main']
 
 # %% ../../nbs/benchmark.ipynb #0274c9a7
 DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
-QUICK = dict(models='tiny,XResNet18', optimizers='SGD,Adam,Lamb', seconds=1.)
+DEFAULTS = dict(models='XResNet18,XResNet50,tiny', optimizers=','.join(OPTIMIZERS), seconds=3., epochs=5)
+QUICK = dict(models='tiny,XResNet18', optimizers='SGD,Adam,Lamb', seconds=1., epochs=1)
 
 def command(
     args:dict, # Arguments that are not the defaults
@@ -38,39 +43,21 @@ def _known():
     peers = [f"{c.name} ({c.package})" for c in CONTESTANTS.values()]
     return '\n'.join(f"{k}: {', '.join(v)}" for k,v in dict(models=MODELS, optimizers=OPTIMIZERS, backends=peers, tasks=TASKS).items())
 
-def _write(df, text, folder, name):
-    "Write the results as CSV and Markdown, and return the paths"
-    folder.mkdir(parents=True, exist_ok=True)
-    csv, md = folder/f'{name}.csv', folder/f'{name}.md'
-    df.to_csv(csv, index=False, float_format='%.6g')
-    md.write_text(text)
-    return [csv, md]
-
-def _tell(bench, text, files):
-    "Print the report"
-    if bench.interrupted: print('\nInterrupted: this is what was measured until then')
-    print('\n' + text)
-    print('Saved', ', '.join(map(str, files)))
-
-def _steps(bench, seconds, facts, folder, name):
-    "Run the benchmark of the bare step; what there is is on disk after each contest"
-    def report(df): return step_report(df, facts, bench.skipped)
-    def keep(bench): _write(frame(bench.results), report(frame(bench.results)), folder, name)
-    bench.run(seconds, keep, progress_bar)
-    if not bench.results: raise CliError(f"Nothing was measured{''.join(f'. {k}: {v}' for k,v in bench.skipped.items())}")
-    df = frame(bench.results)
-    _tell(bench, report(df), _write(df, report(df), folder, name) + save_plots(df, folder, name))
-
-def _train(bench, epochs, facts, folder, name):
-    "Run the benchmark of whole training"
-    if not bench.run(epochs, progress_bar): raise CliError(f"Nothing was measured{''.join(f'. {k}: {v}' for k,v in bench.skipped.items())}")
-    df = frame(bench.results)
-    text, png = training_report(df, facts, bench.skipped), folder/f'{name}_epoch.png'
-    files = _write(df, text, folder, name)
-    plot_epochs(bench.frames).savefig(png, dpi=110)
-    _tell(bench, text, [*files, png])
-
 def _own(name): return look_up('backend', name, OURS)
+
+def _several(option, names, known, check):
+    "The `names` of an option, checked; at least one"
+    found = choose([*known] if 'all' in names.split(',') else names, check)
+    if not found: raise CliError(f"--{option} '{names}' names nothing")
+    return found
+
+def _models(names):
+    "Names of models, checked; a `module:function` may be in the current folder"
+    if '' not in sys.path: sys.path.insert(0, '')
+    found = _several('models', names, MODELS, model_name)
+    for o in found:
+        with suppress(NotInstalled): model_shapes(o)
+    return found
 
 def _numbers(text):
     "Positive numbers separated by commas"
@@ -79,42 +66,136 @@ def _numbers(text):
     if not res or min(res) < 1: raise CliError(f"'{text}' are no numbers of groups: give one or several, as in 1,2,4")
     return res
 
+def _at_least(least, **options):
+    "Refuse what is not a number, or less than `least`"
+    for k,v in options.items():
+        if not (math.isfinite(v) and v >= least): raise CliError(f"--{k} is a number of at least {least}, not {v}")
+
+_unused = dict(recommend=('not for --recommend', {'backends', 'train', 'epochs', 'out', 'name'}), steps=('only for --train', {'epochs'}),
+               train=('not for --train', {'models', 'groups', 'dtype', 'turn', 'seconds'}))
+
+def _refuse_unused(mode, given):
+    "Options that would change nothing are a mistake"
+    why, options = _unused[mode]
+    unused = [f'--{k}' for k in given if k in options]
+    if unused: raise CliError(f"{', '.join(unused)}: {why}")
+
+def _device(name):
+    "`name`, if this machine has such a device"
+    if name.strip().lower().startswith('cuda') and not torch.cuda.is_available():
+        raise CliError(f"--device {name}: PyTorch {torch.__version__} finds no CUDA GPU on this machine")
+    return device_name(name)
+
+def _folder(out, name):
+    "The folder `out`, made if it is not there, if files whose names begin with `name` can be written in it"
+    if name in ('.', '..') or set('/\\\0') & {*name}:
+        raise CliError(f"--name '{name}' is no beginning of a file name. For another folder there is --out")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out): return Path(out)
+    except (OSError, ValueError) as e: raise CliError(f"Cannot write to --out '{out}': {getattr(e, 'strerror', None) or e}") from e
+
+# %% ../../nbs/benchmark.ipynb #ac5f410f
+def _write(df, text, folder, name):
+    "Write the results as CSV and Markdown, and return the paths"
+    csv, md = folder/f'{name}.csv', folder/f'{name}.md'
+    try:
+        df.to_csv(csv, index=False, float_format='%.6g')
+        md.write_text(text, encoding='utf-8')
+    except OSError as e: raise CliError(f"Cannot write {e.filename}: {e.strerror}") from e
+    return [csv, md]
+
+class _Table(TableElement):
+    "A table that breaks long words and does not cut them"
+    def __rich_console__(self, console, options):
+        for table in super().__rich_console__(console, options):
+            for column in table.columns: column.overflow = 'fold'
+            yield table
+
+class _Markdown(Markdown): elements = {**Markdown.elements, 'table_open': _Table}
+
+def show(
+    text:str, # Markdown
+):
+    "Print Markdown for a terminal, with its tables aligned"
+    Console(width=None if sys.stdout.isatty() else 120).print(_Markdown(text))
+
+def _tell(bench, text, files):
+    "Print what is to be remembered, and where the rest is"
+    if bench.interrupted: print('\nInterrupted: this is what was measured until then')
+    show(text)
+    print('\nSaved', ', '.join(map(str, files)))
+
+def _nothing(bench): return CliError(f"Nothing was measured{''.join(f'. {k}: {v}' for k,v in bench.skipped.items())}")
+
+def _steps(bench, seconds, facts, folder, name):
+    "Run the benchmark of the bare step; what there is is on disk after each contest"
+    def report(df): return step_report(df, facts, bench.skipped)
+    def keep(bench): _write(frame(bench.results), report(frame(bench.results)), folder, name)
+    bench.run(seconds, keep, progress_bar)
+    if not bench.results: raise _nothing(bench)
+    df = frame(bench.results)
+    _tell(bench, step_summary(df, bench.skipped), _write(df, report(df), folder, name) + save_plots(df, folder, name))
+
+def _train(bench, epochs, facts, folder, name):
+    "Run the benchmark of whole training"
+    if not bench.run(epochs, progress_bar): raise _nothing(bench)
+    df, png = frame(bench.results), folder/f'{name}_epoch.png'
+    files = _write(df, training_report(df, facts, bench.skipped), folder, name)
+    plot_epochs(bench.frames).savefig(png, dpi=110)
+    _tell(bench, training_summary(df, bench.skipped), [*files, png])
+
 def _recommend(models, optimizers, seconds, **kwargs):
+    "Print the fastest backend for each model and optimizer, and whether the next one is as fast for all we know"
     for m in models:
-        for o in optimizers: print(recommend(m, o, seconds, **kwargs), '\n')
+        for o in optimizers:
+            try: best = recommend(m, o, seconds, **kwargs)
+            except NotInstalled as e: raise CliError(str(e)) from e
+            print(best)
+            spreads = [(r.ms_p10, r.ms, r.ms_p90) for r in best.results[:2]]
+            print(f"{AGAIN}: {' and '.join(r.backend for r in best.results[:2])} spread by more than they differ\n" if overlap(*spreads) else '')
 
 # %% ../../nbs/benchmark.ipynb #521ab409
 @call_parse
 def main(
-    models:str='XResNet18,XResNet50,tiny', # Models, separated by commas: of the table, module:function of your own, NxM for N vectors of M elements, or all
+    models:str='', # Models, separated by commas: of the table, module:function of your own, NxM for N vectors of M elements, or all; XResNet18,XResNet50,tiny if not given
     optimizers:str='', # Optimizers, all if not given
     backends:str='', # Backends and peers, or all; those that need no compiler and no other package if not given
     groups:str='1', # Numbers of parameter groups, with discriminative learning rates if there are several
     device:str='cpu', # cpu or cuda
     dtype:str='float32', # Of parameters, gradients and state
     turn:float=1000*TURN, # Least milliseconds of a turn; with 0 it is a single step, which finds in the caches what others left there
-    seconds:float=3., # Time for measuring each optimizer on each model, at least five rounds
+    seconds:float=None, # Time for measuring each optimizer on each model, at least five rounds; 3 if not given
     train:str='', # Measure whole training instead: digits, tabular, or all; with Adam if no optimizers are given
-    epochs:int=5, # Epochs of training to measure
+    epochs:int=None, # Epochs of training to measure; 5 if not given
     threads:int=0, # Threads that PyTorch may use, its own choice if 0
     out:str='bench_out', # Folder for the results
     name:str='', # How the names of the files begin: steps or training if not given
-    quick:bool=False, # A first impression within a minute
+    quick:bool=False, # A first impression within a minute: fewer models and optimizers and less time, but for what is given
     recommend:bool=False, # Only name the fastest backend for each of the models, with Adam if no optimizers are given
     list:bool=False, # Only list the known models, optimizers, backends and tasks
 ):
     "What an optimizer step costs: time, share of the memory bandwidth, operations and memory of each backend, on the shapes of known models"
-    args = {k: v for k,v in locals().items() if v != inspect.signature(main).parameters[k].default}
+    given = {k: v for k,v in locals().items() if v != inspect.signature(main).parameters[k].default}
     if list: return print(_known())
-    if quick: models, optimizers, seconds = QUICK['models'], QUICK['optimizers'], QUICK['seconds']
+    mode = 'recommend' if recommend else 'train' if train else 'steps'
+    _refuse_unused(mode, given)
+    of = {**DEFAULTS, **(QUICK if quick else {}), **({} if mode == 'steps' else dict(optimizers='Adam')), **given}
+    _at_least(0, turn=turn, seconds=of['seconds'], threads=threads)
+    _at_least(1, epochs=of['epochs'])
+    models = _models(of['models'])
+    optimizers = _several('optimizers', of['optimizers'], OPTIMIZERS, optimizer_name)
+    kwargs = dict(device=_device(device), dtype=DTYPES[look_up('dtype', dtype, [*DTYPES])], turn=turn/1000)
+    groups, facts = _numbers(groups), {**machine(kwargs['device']), 'Command': f'`{command(given)}`'}
     if threads: torch.set_num_threads(threads)
-    models = choose(models if models != 'all' else [*MODELS], model_name)
-    optimizers = choose(optimizers or (['Adam'] if train or recommend else [*OPTIMIZERS]), optimizer_name)
-    kwargs = dict(device=device_name(device), dtype=DTYPES[look_up('dtype', dtype, [*DTYPES])], turn=turn/1000)
-    groups, facts = _numbers(groups), {**machine(device), 'Command': f'`{command(args)}`'}
     warnings.filterwarnings('ignore')
-    if recommend: return _recommend(models, optimizers, seconds, groups=groups[0], **kwargs)
+    if recommend:
+        if len(groups) > 1: raise CliError("--recommend takes one number of groups")
+        return _recommend(models, optimizers, of['seconds'], groups=groups[0], **kwargs)
     if train:
-        bench = TrainingBenchmark(choose(train if train != 'all' else [*TASKS], task_name), optimizers, choose(backends, _own) or OURS, device)
-        return _train(bench, epochs, facts, Path(out), name or 'training')
-    _steps(Benchmark(models, optimizers, choose_backends(backends), groups, **kwargs), seconds, facts, Path(out), name or 'steps')
+        tasks, backends = _several('train', train, TASKS, task_name), _several('backends', backends or 'all', OURS, _own)
+        bench = TrainingBenchmark(tasks, optimizers, backends, kwargs['device'])
+        return _train(bench, of['epochs'], facts, _folder(out, name), name or 'training')
+    backends = _several('backends', backends or ','.join(choose_backends()), CONTESTANTS, contestant_name)
+    bench = Benchmark(models, optimizers, backends, groups, **kwargs)
+    _steps(bench, of['seconds'], facts, _folder(out, name), name or 'steps')

@@ -5,23 +5,27 @@
 # %% ../../nbs/benchmark.models.ipynb #634f3bd1
 from __future__ import annotations
 
-import importlib, importlib.util, math, re
+import importlib, importlib.util, re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from fastai.torch_basics import *
-from fastcore.script import CliError
 
 # %% auto #0
 __all__ = ['EMB_SZS', 'MODELS', 'UnknownName', 'NotInstalled', 'look_up', 'ModelSpec', 'scaled', 'shapes_of', 'model_name',
            'model_shapes']
 
 # %% ../../nbs/benchmark.models.ipynb #de664c0b
+try: from fastcore.script import CliError
+except ImportError: # before fastcore 2
+    class CliError(SystemExit): "An error for who types the command: its message, and no traceback"
+
 class UnknownName(CliError, ValueError):
     "A name that is in no table"
 
-class NotInstalled(CliError, ImportError):
+class NotInstalled(ImportError):
     "An optional package is missing"
 
 def look_up(
@@ -64,7 +68,7 @@ class ModelSpec:
     "A model whose parameter shapes are known by name"
     name:str # What it is called in tables and on the command line
     package:str # Optional package it comes from, or fastai
-    build:callable # Returns the model
+    build:Callable[[], nn.Module] # Returns the model
     scale:float=1. # Each dimension is multiplied by this, and is 1 at least
 
 MODELS = {o.name: o for o in (
@@ -100,18 +104,27 @@ def _users_own(name):
     module, _, function = name.partition(':')
     try: found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e: raise UnknownName(f"Cannot find the model '{name}': {e}") from e
-    return shapes_of(found())
+    if not callable(found): raise UnknownName(f"'{name}' is no function that returns a model or a list of shapes, but {type(found).__name__}")
+    model = found()
+    try: shapes = shapes_of(model)
+    except TypeError: shapes = []
+    if not shapes or not all(isinstance(d, int) and d >= 0 for s in shapes for d in s):
+        raise UnknownName(f"'{name}' returns neither a model with parameters to train nor a list of shapes, but {type(model).__name__}")
+    return shapes
 
 def _vectors(name):
     "Shapes of `300x1000`, or `None` if `name` is not like that"
-    found = re.fullmatch(r'(\d+)x(\d+)', name)
+    found = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', name)
     return found and [(int(found[2]),)]*int(found[1])
+
+def _is_users_own(name): return re.fullmatch(r'\w+(\.\w+)*:\w+', name)
 
 def model_name(
     name:str, # Name of a model in any case, `module:function`, or `300x1000`
 ) -> str:
     "The name as it is in the table, or `UnknownName`"
-    if ':' in name or _vectors(name): return name
+    name = name.strip()
+    if _is_users_own(name) or _vectors(name): return name
     return look_up('model', name, list(MODELS), ", or module:function of your own, or NxM for N vectors of M elements")
 
 @lru_cache(None)
@@ -124,6 +137,7 @@ def model_shapes(
     if name not in MODELS: return tuple(_vectors(name))
     spec = MODELS[name]
     if importlib.util.find_spec(spec.package) is None:
-        raise NotInstalled(f"{name} needs the package '{spec.package}': `pip install fastxtend[bench]`")
+        raise NotInstalled(f"{name} needs the package '{spec.package}': `pip install {spec.package}`")
+    import torch._dynamo # what models import, and PyTorch 2.7 cannot import with another device
     with torch.device('meta'): model = spec.build()
     return tuple(scaled(s, spec.scale) for s in shapes_of(model))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata, math, os, platform
+from collections.abc import Callable
 from datetime import date
 
 import numpy as np, pandas as pd, torch
@@ -14,9 +15,9 @@ from fastai.torch_basics import *
 from ..callback.profiler import markdown_table, number
 
 # %% auto #0
-__all__ = ['PACKAGES', 'PUBLISHED_ON', 'PUBLISHED', 'METHOD', 'COLORS', 'cpu_name', 'versions', 'machine', 'frame', 'pivot',
-           'time_cell', 'published_table', 'preface', 'step_report', 'plot_speedups', 'plot_roofline', 'plot_scaling',
-           'save_plots']
+__all__ = ['PACKAGES', 'TIE', 'AGAIN', 'PUBLISHED_ON', 'PUBLISHED', 'METHOD', 'CASE', 'COLORS', 'cpu_name', 'versions', 'machine',
+           'frame', 'pivot', 'speedup_text', 'time_cell', 'overlap', 'noisy', 'verdict', 'published_table', 'preface',
+           'time_tables', 'step_summary', 'step_report', 'plot_speedups', 'plot_roofline', 'plot_scaling', 'save_plots']
 
 # %% ../../nbs/benchmark.report.ipynb #767693c6
 PACKAGES = ('fastxtend', 'fastai', 'torch', 'numba', 'triton', 'timm', 'transformers', 'torch-optimi')
@@ -56,7 +57,7 @@ def frame(
 def pivot(
     df:pd.DataFrame, # Results
     rows:list, # Columns that tell the rows apart
-    cell:callable, # Text of one result
+    cell:Callable, # Text of one result
     columns:str='backend', # Column that becomes the columns
 ) -> str:
     "A Markdown table of `df`, in the order of its rows"
@@ -67,10 +68,16 @@ def pivot(
         lines.append([*key, *(found.get(n, '') for n in names)])
     return markdown_table(lines, [*rows, *names], len(rows))
 
+def speedup_text(
+    speedup:float, # How many times faster than native
+    noisy:bool=False, # Is that less than what it is uncertain by?
+) -> str:
+    "The number behind a time, or nothing if there was no native to compare with"
+    return f" **{speedup:.2f}x**{' noisy' if noisy else ''}" if math.isfinite(speedup) else ''
+
 def time_cell(r):
     "Median time, and how many times faster than native"
-    times = f"{number(r.ms)} ms"
-    return times if r.backend == 'native' or not math.isfinite(r.speedup) else f"{times} **{r.speedup:.2f}x**"
+    return f"{number(r.ms)} ms" + ('' if r.backend == 'native' else speedup_text(r.speedup, getattr(r, 'noisy', False)))
 
 def _percent(x): return f'{100*x:.0f}%' if math.isfinite(x) else '-'
 
@@ -79,6 +86,47 @@ def _spread(r): return f"{number(r.ms_p10)} - {number(r.ms_p90)}"
 def _heading(model, groups, part):
     size = f"{part.tensors.iloc[0]} tensors, {part.elements.iloc[0]/1e6:.3g} million parameters"
     return f"### {model}{f', {groups} groups' if groups > 1 else ''}\n\n{size}\n"
+
+def _left_out(skipped): return ['## Left out\n', *(f'- {k}: {v}' for k,v in skipped.items()), ''] if skipped else []
+
+# %% ../../nbs/benchmark.report.ipynb #cb9b896a
+TIE = .05 # Times this close, as a share, claim no difference
+
+def overlap(
+    a:tuple, # 10th percentile, median, 90th percentile
+    b:tuple, # The same of another
+) -> bool:
+    "Do two times spread by more than they differ? Not if they hardly differ at all"
+    return abs(a[1]/b[1] - 1) >= TIE and a[2] >= b[0] and b[2] >= a[0]
+
+def _spreads(df, time): return [*zip(df[f'{time}_p10'], df[time], df[f'{time}_p90'])]
+
+def noisy(
+    df:pd.DataFrame, # Results
+    case:list, # Columns that tell what was measured
+    time:str, # Column of the median times
+) -> list[bool]:
+    "Which rows spread by more than they differ from native in the same case"
+    rows = [*zip(map(tuple, df[case].values), df.backend, _spreads(df, time))]
+    native = {c: s for c,b,s in rows if b == 'native'}
+    return [c in native and overlap(s, native[c]) for c,_,s in rows]
+
+AGAIN = "noisy, run again"
+
+def verdict(
+    df:pd.DataFrame, # Results
+    case:list, # Columns that tell what was measured
+    time:str, # Column of the median times
+    speedup:str='speedup', # Column of how many times faster than native they are
+) -> str:
+    "What to remember of it all, in a sentence or two"
+    df = df.reset_index(drop=True)
+    wins = df.loc[df.groupby(case)[time].idxmin()].backend.value_counts()
+    best, uncertain = wins.index[0], sum(noisy(df, case, time))
+    times = df[df.backend == best][speedup].dropna()
+    against = '' if best == 'native' or times.empty else f": {times.min():.2f} to {times.max():.2f} times as fast as fastai native"
+    text = f"{best} is the fastest in {wins.iloc[0]} of {wins.sum()} cases{against}."
+    return text + (f" {AGAIN.capitalize()}: {uncertain} of {len(df)} times spread by more than they differ from native." if uncertain else '')
 
 # %% ../../nbs/benchmark.report.ipynb #0b0d00bc
 PUBLISHED_ON = "GeForce 3080 Ti, PyTorch 1.12.1, mixed precision, channels last except ViT and DeBERTa"
@@ -116,8 +164,9 @@ def published_table(
 METHOD = ("All contestants of one optimizer on one model take turns in random order in one process, on the same parameters and gradients, each "
           "with its own state, after seven steps to warm up. A turn is one step, or as many consecutive ones as take 5 ms (unless `--turn` "
           "says otherwise) or make a round of Lookahead. Times are medians of a step; the number behind is how many times faster than "
-          "fastai native. The share of the copy bandwidth compares the fewest bytes the algorithm has to move (Adam in float32: 28 a "
-          "parameter) with those of an in-place `a.add_(b)` on as much memory in the same contest. What fits the cache can exceed it.")
+          "fastai native, and *noisy* says that the two spread by more than they differ (10th to 90th percentile). The share of the copy "
+          "bandwidth compares the fewest bytes the algorithm has to move (Adam in float32: 28 a parameter) with those of an in-place "
+          "`a.add_(b)` on as much memory in the same contest. What fits the cache can exceed it.")
 
 def preface(
     title:str, # Of the report
@@ -127,31 +176,45 @@ def preface(
     "How a report begins"
     return [f'# {title}\n', *(f'- **{k}**: {v}' for k,v in facts.items()), '', method, '']
 
+CASE = ['model', 'groups', 'optimizer']
+
+def time_tables(
+    df:pd.DataFrame, # Results
+) -> list[str]: # Lines
+    "Median times of a step, a table for each model"
+    df, lines = df.assign(noisy=noisy(df, CASE, 'ms')), ['## Time of a step\n']
+    for (model,groups),part in df.groupby(['model', 'groups'], sort=False): lines += [_heading(model, groups, part), pivot(part, ['optimizer'], time_cell), '']
+    return lines
+
+def step_summary(
+    df:pd.DataFrame, # Results
+    skipped:dict=None, # What was left out, and why
+) -> str:
+    "What the command prints of a benchmark of the bare step: times and a verdict"
+    return '\n'.join([*time_tables(df), *_left_out(skipped), '## Verdict\n', verdict(df, CASE, 'ms')])
+
 def step_report(
     df:pd.DataFrame, # Results
     facts:dict, # From `machine`, and what else is to be said
     skipped:dict=None, # What was left out, and why
 ) -> str:
     "Markdown report of a benchmark of the bare step"
-    parts = [*preface('What an optimizer step costs', facts, METHOD), '## Time of a step\n']
-    models = [(*key, part) for key,part in df.groupby(['model', 'groups'], sort=False)]
-    for model,groups,part in models: parts += [_heading(model, groups, part), pivot(part, ['optimizer'], time_cell), '']
+    parts = [*preface('What an optimizer step costs', facts, METHOD), verdict(df, CASE, 'ms'), '', *time_tables(df)]
     for n in PUBLISHED:
         table = published_table(df, n)
-        if table: parts += [f"## Table {n} of fastxtend's documentation\n", f"Published: {PUBLISHED_ON}.\n", table, '']
+        if table: parts += [f"## Table {n} of the earlier fastxtend's documentation\n", f"Published: {PUBLISHED_ON}.\n", table, '']
     unit = 'Kernel launches' if facts.get('GPU') else 'Dispatched operations'
     for title,cell in (('Share of the copy bandwidth', lambda r: f'{_percent(r.share)} ({number(r.gb_s)} GB/s)'),
                        ('10th to 90th percentile in ms', _spread),
                        (f'{unit} and extra memory of a step', lambda r: f'{r.calls:,}, {number(r.extra_mb)} MB')):
-        parts += [f'## {title}\n', pivot(df, ['model', 'groups', 'optimizer'], cell), '']
-    if skipped: parts += ['## Left out\n', *(f'- {k}: {v}' for k,v in skipped.items()), '']
-    return '\n'.join(parts)
+        parts += [f'## {title}\n', pivot(df, CASE, cell), '']
+    return '\n'.join([*parts, *_left_out(skipped)])
 
 # %% ../../nbs/benchmark.report.ipynb #cbf95fd2
 COLORS = dict(native='#7f7f7f', foreach='#1f77b4', jit='#2ca02c', fused='#d62728', torch_loop='#c7c7c7', torch_foreach='#aec7e8',
               torch_fused='#ff9896', torch_compiled='#c5b0d5', optimi='#ffbb78', timm='#c49c94')
 
-def _axes(n, width=5., height=3., most=3):
+def _axes(n, width=5., height=3., most=2):
     "`n` axes in rows of at most `most`"
     import matplotlib.pyplot as plt
     cols = min(n, most)

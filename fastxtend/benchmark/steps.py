@@ -15,9 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .models import NotInstalled, UnknownName, look_up, model_name, model_shapes, shapes_of
-from ..optimizer import fused
-from ..optimizer.core import OPTIMIZERS
-from ..optimizer.rules import rule_slots
+from ..optimizer import all as _all # every optimizer is in the table then
+from ..optimizer.declare import helper
+from ..optimizer.table import OPTIMIZERS
 
 # %% auto #0
 __all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'CONTESTANTS', 'COPY', 'WARM_UP', 'TURN', 'OURS', 'hypers_of',
@@ -34,9 +34,8 @@ def hypers_of(
     optimizer:str, # Name in `OPTIMIZERS`
 ) -> dict:
     "The hyperparameters an optimizer is measured with, without `lr`"
-    params = inspect.signature(getattr(fused, optimizer)).parameters
-    hypers = {k: p.default for k,p in params.items() if k not in ('params', 'lr', 'decouple_wd', *fused._backends)}
-    return {**hypers, **SETTINGS.get(optimizer, {})}
+    spec = OPTIMIZERS[optimizer]
+    return {**spec.defaults, **SETTINGS.get(optimizer, {})}
 
 def optimizer_name(
     name:str, # In any case
@@ -45,25 +44,28 @@ def optimizer_name(
     return look_up('optimizer', name, list(OPTIMIZERS))
 
 # %% ../../nbs/benchmark.steps.ipynb #ee6bd539
-def _moved(rule): return 3 + 2*len(rule_slots(rule))
+def _compositions(optimizer):
+    "What most steps do, and what a step does in which everything is switched on"
+    spec, hypers = OPTIMIZERS[optimizer], hypers_of(optimizer)
+    return spec.composition(**hypers), spec.composition(spec.switches(**hypers), **hypers)
+
+def _moved(composition): return sum(len(s.tensors) for s in composition.stages) + len(composition.step.gives)
 
 def bytes_per_parameter(
     optimizer:str, # Name in `OPTIMIZERS`
     itemsize:int=4, # Bytes of an element
 ) -> float:
     "The fewest bytes a step has to read and write for each element of the parameters"
-    spec, hypers = OPTIMIZERS[optimizer], hypers_of(optimizer)
-    moved = _moved(spec.pick(hypers.get('mom', 0.) != 0))
-    if spec.norms: moved += 2 + len(rule_slots(spec.norms))
-    if spec.rule_sync: moved += (_moved(spec.rule_sync) - moved)/hypers['k']
+    usual, every = _compositions(optimizer)
+    moved = _moved(usual)
+    if OPTIMIZERS[optimizer].has_lookahead: moved += (_moved(every) - moved)/hypers_of(optimizer)['k']
     return moved*itemsize
 
 def tensors_per_parameter(
     optimizer:str, # Name in `OPTIMIZERS`
 ) -> int:
     "How many tensors of its size a parameter needs: itself, its gradient and its slots"
-    spec = OPTIMIZERS[optimizer]
-    return 2 + len(rule_slots(spec.rule_sync or spec.pick(hypers_of(optimizer).get('mom', 0.) != 0)))
+    return 2 + len(_compositions(optimizer)[1].slots)
 
 # %% ../../nbs/benchmark.steps.ipynb #5ffb4d79
 def split_groups(
@@ -82,7 +84,9 @@ def group_lrs(
     return [LR] if n == 1 else list(map(float, even_mults(LR/10, LR, n)))
 
 def _ours(**flags):
-    def build(optimizer, groups, hypers): return getattr(fused, optimizer)(groups, L(group_lrs(len(groups))), **hypers, **flags)
+    def build(optimizer, groups, hypers):
+        if flags.get('jit') and OPTIMIZERS[optimizer].jit is None: raise Lacking(f"{optimizer} has no TorchScript step")
+        return OPTIMIZERS[optimizer].constructor(groups, L(group_lrs(len(groups))), **hypers, **flags)
     return build
 
 # %% ../../nbs/benchmark.steps.ipynb #4d2433a4
@@ -458,7 +462,7 @@ class Recommendation:
     def flags(self): return {} if self.backend == 'native' else {self.backend: True}
 
     @property
-    def opt_func(self): return getattr(fused, self.optimizer.lower())(**self.flags)
+    def opt_func(self): return helper(OPTIMIZERS[self.optimizer].constructor)(**self.flags)
 
     def __str__(self):
         lines = [f"{r.backend:8} {r.ms:9.3f} ms {r.speedup:6.2f}x" for r in self.results] + [f"{n:8} cannot run: {why}" for n,why in self.skipped.items()]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math, random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np, pandas as pd, torch
@@ -13,14 +14,14 @@ from fastai.basics import *
 from fastai.callback.progress import *
 
 from .models import EMB_SZS, look_up
-from .report import preface
+from .report import noisy, preface, speedup_text, verdict
 from .steps import OURS, hypers_of, optimizer_name
 from ..callback.profiler import markdown_table, number
 from ..optimizer import fused
 
 # %% auto #0
-__all__ = ['TASKS', 'TRAINING_METHOD', 'digits', 'tabular', 'task_name', 'Trained', 'TrainingBenchmark', 'training_report',
-           'plot_epochs']
+__all__ = ['TASKS', 'TRAINING_METHOD', 'TRAINING_CASE', 'digits', 'tabular', 'task_name', 'Trained', 'TrainingBenchmark',
+           'training_summary', 'training_report', 'plot_epochs']
 
 # %% ../../nbs/benchmark.training.ipynb #61fd4ed4
 def _loaders(xs, y, n_valid, bs, device):
@@ -30,7 +31,7 @@ def _loaders(xs, y, n_valid, bs, device):
     return DataLoaders(dl(idxs[n_valid:], shuffle=True, drop_last=True), dl(idxs[:n_valid]), device=device)
 
 def digits(
-    opt_func:callable, # What makes the optimizer
+    opt_func:Callable, # What makes the optimizer
     device:str='cpu', # Where to train
     bs:int=64, # Batch size
 ) -> Learner:
@@ -42,7 +43,7 @@ def digits(
     return Learner(_loaders([x], y, 360, bs, device), xresnet18(c_in=1, n_out=10), CrossEntropyLossFlat(), opt_func=opt_func)
 
 def tabular(
-    opt_func:callable, # What makes the optimizer
+    opt_func:Callable, # What makes the optimizer
     device:str='cpu', # Where to train
     bs:int=512, # Batch size
     n:int=8192+1024, # Number of rows, of which 1024 are for validation
@@ -120,7 +121,7 @@ class TrainingBenchmark:
 
     def run(self,
         epochs:int=5, # Epochs to measure, after one to warm up
-        progress:callable=None, # Wraps the list of what is to do, such as fastprogress's `progress_bar`
+        progress:Callable|None=None, # Wraps the list of what is to do, such as fastprogress's `progress_bar`
     ) -> list[Trained]:
         "Train everything. Ctrl-C stops it and keeps what was measured"
         todo = [(t, o, i) for t in self.tasks for o in self.optimizers for i in range(epochs + 1)]
@@ -159,7 +160,25 @@ class TrainingBenchmark:
 
 # %% ../../nbs/benchmark.training.ipynb #e3607ff9
 TRAINING_METHOD = ("One learner a backend, from the same weights on the same batches; they take turns in random order by the epoch, after one epoch to "
-                   "warm up. Times are medians over epochs, taken by the profiler callback; the number behind is how many times faster than fastai native.")
+                   "warm up. Times are medians over epochs, taken by the profiler callback; the number behind is how many times faster than fastai native, "
+                   "and *noisy* says that the two spread by more than they differ (10th to 90th percentile).")
+
+TRAINING_CASE = ['task', 'optimizer']
+
+def training_summary(
+    df:pd.DataFrame, # Results
+    skipped:dict=None, # What was left out, and why
+) -> str:
+    "What the command prints of a benchmark of whole training: tables and a verdict"
+    df, parts = df.assign(noisy=noisy(df, TRAINING_CASE, 'epoch_s')), []
+    header = ['optimizer', 'backend', 'epoch', '10th to 90th percentile', 'step', 'share of steps', 'samples/s', 'valid loss']
+    for task,part in df.groupby('task', sort=False):
+        rows = [[r.optimizer, r.backend, f'{number(r.epoch_s)} s{speedup_text(r.epoch_speedup, r.noisy)}',
+                 f'{number(r.epoch_s_p10)} - {number(r.epoch_s_p90)} s', f'{number(r.step_ms)} ms{speedup_text(r.step_speedup)}',
+                 f'{100*r.step_share:.0f}%', number(r.samples_s), f'{r.valid_loss:.5f}'] for r in part.itertuples()]
+        parts += [f'## {task}, {part.epochs.iloc[0]} epochs\n', markdown_table(rows, header, 2), '']
+    if skipped: parts += ['## Left out\n', *(f'- {k}: {v}' for k,v in skipped.items()), '']
+    return '\n'.join([*parts, '## Verdict\n', verdict(df, TRAINING_CASE, 'epoch_s', 'epoch_speedup')])
 
 def training_report(
     df:pd.DataFrame, # Results
@@ -167,16 +186,7 @@ def training_report(
     skipped:dict=None, # What was left out, and why
 ) -> str:
     "Markdown report of a benchmark of whole training"
-    parts = preface('What an optimizer step is worth in training', facts, TRAINING_METHOD)
-    header = ['optimizer', 'backend', 'epoch', '10th to 90th percentile', 'step', 'share of steps', 'samples/s', 'valid loss']
-    def faster(x): return f' **{x:.2f}x**' if math.isfinite(x) else ''
-    for task,part in df.groupby('task', sort=False):
-        rows = [[r.optimizer, r.backend, f'{number(r.epoch_s)} s{faster(r.epoch_speedup)}', f'{number(r.epoch_s_p10)} - {number(r.epoch_s_p90)} s',
-                 f'{number(r.step_ms)} ms{faster(r.step_speedup)}', f'{100*r.step_share:.0f}%', number(r.samples_s), f'{r.valid_loss:.5f}']
-                for r in part.itertuples()]
-        parts += [f'## {task}, {part.epochs.iloc[0]} epochs\n', markdown_table(rows, header, 2), '']
-    if skipped: parts += ['## Left out\n', *(f'- {k}: {v}' for k,v in skipped.items()), '']
-    return '\n'.join(parts)
+    return '\n'.join([*preface('What an optimizer step is worth in training', facts, TRAINING_METHOD), training_summary(df, skipped)])
 
 # %% ../../nbs/benchmark.training.ipynb #84269874
 def plot_epochs(

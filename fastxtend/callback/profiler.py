@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math, time
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np, pandas as pd, torch
 from fastai.basics import *
@@ -43,7 +44,7 @@ _WITHIN = dict(batch=INNER[2:], train=INNER, valid=INNER, epoch=INNER, fit=INNER
 class Phases:
     "Seconds of each phase, from the times it is started and stopped"
     def __init__(self,
-        clock:callable=time.perf_counter, # Returns seconds
+        clock:Callable=time.perf_counter, # Returns seconds
     ):
         self.clock, self.part, self.started = clock, None, {}
         self.times, self.samples = defaultdict(list), defaultdict(int)
@@ -135,7 +136,7 @@ class SimpleProfilerCallback(Callback):
         report:str='auto', # How to show the result: `plain`, `notebook`, `markdown`, `none`, or `auto` (as it suits the place)
         csv:str|Path=None, # File to write the result to
         sync:bool=False, # Wait for CUDA at each boundary?
-        clock:callable=time.perf_counter, # Returns seconds
+        clock:Callable=time.perf_counter, # Returns seconds
     ):
         if report not in REPORTS: raise ValueError(f"Unknown report '{report}'. Known: {', '.join(REPORTS)}")
         self.report, self.csv, self.sync, self.phases = report, csv, sync, Phases(clock)

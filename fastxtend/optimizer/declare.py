@@ -60,7 +60,8 @@ def build(
     options = {k: arguments.pop(k) for k in spec.options if k in arguments}
     if backend is None and spec.native is not None: return spec.native(params, lr=lr, decouple_wd=decouple_wd, **options, **arguments)
     hypers = {**spec.hypers, **arguments}
-    kwargs = dict(lr=lr, decouple_wd=decouple_wd, **(options if spec.has_lookahead else dict(options=options)), **hypers)
+    lookahead = {n: options.pop(n) for n in ('k', 'alpha') if spec.has_lookahead and n in options}
+    kwargs = dict(lr=lr, decouple_wd=decouple_wd, options=options, **lookahead, **hypers)
     if backend is None: return (StepperLookahead if spec.has_lookahead else StepperOptimizer)(params, spec, **kwargs)
     if backend == 'fused': return (FusedLookahead if spec.has_lookahead else FusedOptimizer)(params, spec, **kwargs)
     if backend == 'jit':
@@ -69,7 +70,7 @@ def build(
     cls = spec.foreach_class or (ForEachLookahead if spec.has_lookahead else ForEachOptimizer)
     return cls(params, **({} if spec.foreach_class else dict(opt_step=spec.foreach and unwrapped(spec.foreach), spec=spec)), **kwargs)
 
-# %% ../../nbs/optimizer.declare.ipynb #4b69f196
+# %% ../../nbs/optimizer.declare.ipynb #33c259d2
 def _parameters(f, leave_out=()): return [p for n,p in inspect.signature(f).parameters.items() if n not in leave_out]
 
 def optimizer(
@@ -94,7 +95,7 @@ def optimizer(
         constructor.__signature__ = inspect.Signature(params + _parameters(_flags), return_annotation=inspect.signature(body).return_annotation)
         constructor.__delwrap__ = _flags
         spec = OptimizerSpec(name, _body_of(body), {**{k: v for k,v in defaults.items() if k not in options}, **(hypers or {})},
-                             {k: defaults[k] for k in options}, native, foreach, jit, foreach_class, constructor)
+                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor)
         OPTIMIZERS[name] = spec
         return constructor
     return decorate

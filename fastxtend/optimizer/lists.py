@@ -85,8 +85,8 @@ def _of_lists(name):
         if ts is None: return of_numbers(*xs)
         if len(xs) == 1: return Tensors(of_list(ts.ts))
         other = xs[1] if ts is xs[0] else xs[0]
-        if isinstance(other, Tensors): return Tensors(getattr(torch, f'_foreach_{name}')(ts.ts, other.ts))
-        return ts.each(lambda t, o: getattr(torch, name)(t, t.new_tensor(o)), other)
+        if isinstance(other, Tensors): return Tensors(of_list(ts.ts, other.ts))
+        return Tensors(of_list(ts.ts, _numbers(other)))
     return f
 
 def _where(flag, a, b):
@@ -158,6 +158,7 @@ def needs_late(
     return {n: known(n) for n in composition.late_inputs}
 
 # %% ../../nbs/optimizer.lists.ipynb #e6c6106f
+@lru_cache(None)
 def knows(
     step:Callable, # A written step, or `None`
     composition:Composition, # Of this step

@@ -105,7 +105,7 @@ def stepper(
     return decorate
 
 # %% ../../nbs/optimizer.steppers.ipynb #c33891c8
-def _decay(lr, wd, do_wd): return 1 - lr*wd if do_wd else 1.
+def _decay(lr, wd, do_wd): return where(do_wd, 1. - lr*wd, 1.)
 def _l2(wd, do_wd): return wd if do_wd else 0.
 
 @stepper('p', role='decay', decay=folded(_decay))
@@ -413,11 +413,19 @@ def compose(
 ) -> Composition:
     "Join a list of steppers; equal lists give the same object. `CompositionError` if they do not fit together"
     uses = tuple(_use(s) for s in _flat(steppers))
+    _check_names(uses, name)
     key = tuple((u.f, u.takes, u.gives, tuple(u.names.items())) for u in uses), given if given is None else frozenset(given), name, on
     if key not in _composed: _composed[key] = _compose(uses, given, name, on)
     return _composed[key]
 
 _composed = {} # Engines keep machine code by stage, so equal lists have to be one composition
+
+def _check_names(uses, what):
+    "`CompositionError` if a stepper is called as another, or as something that is given: a joined function knows both by their names"
+    functions, given = {}, {n for u in uses for n in u.gives}
+    for f in (u.f for u in uses):
+        if f.__name__ in given: raise CompositionError(f"{what}: '{f.__name__}' is a stepper, and something that a stepper gives: rename one of them")
+        if functions.setdefault(f.__name__, f) is not f: raise CompositionError(f"{what}: there are two steppers called `{f.__name__}`: rename one of them")
 
 def _compose(uses, given, name, on):
     names = _declared(uses, name)

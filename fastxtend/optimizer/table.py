@@ -17,7 +17,7 @@ from .steppers import Composition, args_of, average_grad, average_sqr_grad, comp
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'FACTS', 'OptimizerSpec', 'slots_of', 'known_slots', 'spec_slots', 'unwrapped', 'step_args', 'spec_of']
 
-# %% ../../nbs/optimizer.table.ipynb #538deec7
+# %% ../../nbs/optimizer.table.ipynb #5e5bd1d3
 OPTIMIZERS = {} # Name to `OptimizerSpec`
 FACTS = dict(numel=Tensor.numel, ndim=Tensor.dim) # What steppers may ask about a parameter, as a scalar
 
@@ -33,17 +33,23 @@ class OptimizerSpec:
     native:Callable=None # fastai's constructor, if it has one: the oracle every backend is tested against
     foreach:Callable=None # A step function on lists of tensors, written by hand because it is faster than the steppers on lists
     jit:Callable=None # A TorchScript step function
+    hidden:tuple=() # Names of hyperparameters that are no arguments
     foreach_class:type=None # Class of the optimizer with `foreach=True`, if it has a name of its own
     constructor:Callable=None # What users call
+    made_by:tuple=None # A function and its arguments that make it again, if it is in no table
 
     def __reduce__(self):
         "Pickled by name: steppers and scripted steps cannot be"
+        if self.made_by: return self.made_by
         return (_named, (self.name,)) if OPTIMIZERS.get(self.name) is self else super().__reduce__()
 
     @cached_property
     def given(self):
         "Names of the scalars that do not come from steppers; `None` if that is not known"
         return None if self.hypers is None else frozenset({'lr', 'do_wd', *FACTS, *self.hypers, *self.options})
+
+    @cached_property
+    def defaults(self): "Default values of the constructor's arguments, without `lr` and flags"; return {n: v for n,v in {**(self.hypers or {}), **self.options}.items() if n not in self.hidden}
 
     def steppers(self,
         **arguments, # Of the constructor, where they differ from the defaults
@@ -106,6 +112,7 @@ def unwrapped(
     "The function itself"
     return unwrapped(step.func) if isinstance(step, partial) else step
 
+@lru_cache(None)
 def step_args(
     step:Callable, # A step function or a `partial` of one that translates names
 ) -> tuple[tuple[str, str], ...]:
