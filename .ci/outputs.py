@@ -9,7 +9,7 @@ root = Path(__file__).resolve().parent.parent
 nbs = root/'nbs'
 PAGES = ('optimizers', 'optimizer.fused', 'optimizer.steppers', 'optimizer.declare', 'guides.own_optimizer', 'performance', 'schedulers', 'callback.averaging',
          'reliability', 'showdoc')
-DPI, WIDTH, COLORS, LIMIT = 72, 900, 64, 300_000 # of plots: dots an inch, most pixels, colors; bytes of the outputs of a page
+DPI, WIDTH, COLORS, LIMIT = 64, 800, 24, 300_000 # of plots: dots an inch, most pixels, colors; bytes of the outputs of a page
 KEPT = ('text/plain', 'text/markdown', 'image/png')
 
 def small(png):
