@@ -2,14 +2,14 @@
 
 `python .ci/outputs.py` runs all of `PAGES`, `python .ci/outputs.py optimizers` one of them. `--check` runs nothing and tells whether each page has
 outputs, and nothing but what belongs into a repository: that is part of `make sync`. Pages that show times of a machine are not among them."""
-import argparse, base64, io, json, os, subprocess, sys
+import argparse, base64, io, json, os, re, subprocess, sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 nbs = root/'nbs'
 PAGES = ('optimizers', 'optimizer.fused', 'optimizer.steppers', 'optimizer.declare', 'guides.own_optimizer', 'performance', 'schedulers', 'callback.averaging',
          'reliability', 'showdoc')
-DPI, WIDTH, COLORS, LIMIT = 64, 800, 24, 300_000 # of plots: dots an inch, most pixels, colors; bytes of the outputs of a page
+DPI, WIDTH, COLORS, LIMIT = 64, 800, 96, 300_000 # of plots: dots an inch, most pixels, colors; bytes of the outputs of a page
 KEPT = ('text/plain', 'text/markdown', 'image/png')
 
 def small(png):
@@ -18,11 +18,11 @@ def small(png):
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
     if image.width > WIDTH: image = image.resize((WIDTH, round(image.height*WIDTH/image.width)))
     file = io.BytesIO()
-    image.quantize(COLORS).save(file, 'PNG', optimize=True)
+    image.quantize(COLORS, Image.Quantize.MAXCOVERAGE).save(file, 'PNG', optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 def kept(output):
-    "What is kept of an output of a cell, or `None`: no messages, no HTML of progress bars, no numbers of executions"
+    "What is kept of an output of a cell, or `None`: no messages, no HTML of progress bars, no numbers of executions, or of lines in a module"
     from docs import as_on_a_terminal
     if output['output_type'] == 'stream':
         text = as_on_a_terminal(''.join(output['text']))
@@ -30,7 +30,7 @@ def kept(output):
     data = output.get('data', {})
     data = {k: ''.join(v) for k,v in data.items() if k in KEPT} if 'text/html' not in data or 'text/markdown' in data else {}
     if 'image/png' in data: data = {'image/png': small(data['image/png'])}
-    if 'text/markdown' in data: data.pop('text/plain', None)
+    if 'text/markdown' in data: data = {'text/markdown': re.sub(r'^(---\s+)?\[source\]\(.*\n\s*', '', data['text/markdown'], flags=re.M)}
     if not data: return
     lines = {k: v if k.startswith('image') else v.splitlines(True) for k,v in data.items()}
     return dict(output_type='display_data', data=lines, metadata={})
