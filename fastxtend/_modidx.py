@@ -1462,4 +1462,11 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastxtend.showdoc.TableRenderer._repr_markdown_': ( 'showdoc.html#tablerenderer._repr_markdown_',
                                                                                         'fastxtend/showdoc.py'),
                                    'fastxtend.showdoc._Text': ('showdoc.html#_text', 'fastxtend/showdoc.py'),
-                                   'fastxtend.showdoc.array_defaults': ('showdoc.html#array_defaults', 'fastxtend/showdoc.py')}}}
+                                   'fastxtend.showdoc._link': ('showdoc.html#_link', 'fastxtend/showdoc.py'),
+                                   'fastxtend.showdoc._state': ('showdoc.html#_state', 'fastxtend/showdoc.py'),
+                                   'fastxtend.showdoc._table': ('showdoc.html#_table', 'fastxtend/showdoc.py'),
+                                   'fastxtend.showdoc.array_defaults': ('showdoc.html#array_defaults', 'fastxtend/showdoc.py'),
+                                   'fastxtend.showdoc.bytes_moved': ('showdoc.html#bytes_moved', 'fastxtend/showdoc.py'),
+                                   'fastxtend.showdoc.optimizer_table': ('showdoc.html#optimizer_table', 'fastxtend/showdoc.py'),
+                                   'fastxtend.showdoc.page_of': ('showdoc.html#page_of', 'fastxtend/showdoc.py'),
+                                   'fastxtend.showdoc.with_links': ('showdoc.html#with_links', 'fastxtend/showdoc.py')}}}
