@@ -143,3 +143,15 @@ def test_refused():
         with pytest.raises(TypeError): f(adam())([torch.ones(2)], lr=.1, nonsense=1.)
     with pytest.raises(ValueError, match='already'): lookahead(ranger())
     with pytest.raises(ValueError, match='true weight decay'): cautious_decay(adam(decouple_wd=False))([torch.ones(2)], lr=.1)
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_learning_rate_of_its_own(name):
+    "Goes from the helper through modifiers into a `Learner`"
+    from fastai.learner import Learner
+    from fastai.data.core import DataLoaders
+    own = OPTIMIZERS[name].lr
+    for f in (helper(name)(fused=True), cautious(helper(name)(fused=True))):
+        assert f.keywords.get('lr') == own
+        learn = Learner(DataLoaders([], []), torch.nn.Linear(2, 2), loss_func=torch.nn.functional.mse_loss, opt_func=f)
+        learn.create_opt()
+        assert learn.lr == learn.opt.hypers[0]['lr'] == (own or 1e-3)

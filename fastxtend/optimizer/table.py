@@ -35,6 +35,7 @@ class OptimizerSpec:
     jit:Callable=None # A TorchScript step function
     foreach_class:type=None # Class of the optimizer with `foreach=True`, if it has a name of its own
     constructor:Callable=None # What users call
+    lr:float=None # A learning rate to begin with, if it is not fastai's
     made_by:tuple=None # A function and its arguments that make it again, if it is in no table
 
     def __reduce__(self):
