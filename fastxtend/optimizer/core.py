@@ -117,6 +117,10 @@ class FastOptimizer(Optimizer):
         self.arguments = {k: bool(np.any(v)) if k == 'mom' else v for k,v in defaults.items() if k != 'lr'}
         self.forget()
 
+    def set_hyper(self, k, v):
+        "Set a hyperparameter of each group; what is fixed stays as it was when the optimizer was built"
+        if k not in getattr(getattr(self, 'spec', None), 'fixed', ()): super().set_hyper(k, v)
+
     def forget(self):
         "What can be found again: compositions, layout and plans"
         self._layout, self._plans, self._compositions = None, {}, {}
@@ -194,7 +198,7 @@ def init_slots(self:FastOptimizer,
         if not any(t is None for t in ts): continue
         start = batch.composition.slots[name].start
         for state,p,t in zip(batch.states, batch.params, ts):
-            if t is None and state.get(name) is None: state[name] = torch.zeros_like(p, requires_grad=False) if start == 0 else torch.full_like(p, start, requires_grad=False)
+            if t is None and state.get(name) is None: state[name] = torch.empty_like(p, requires_grad=False).copy_(p) if start == 'p' else torch.full_like(p, start, requires_grad=False)
         batch.slots[name] = [s[name] for s in batch.states]
 
 @patch

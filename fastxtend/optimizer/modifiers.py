@@ -47,6 +47,8 @@ def _roles(s):
     while isinstance(s, partial): s = s.func
     return {s.declares.role}
 
+def _gives(s): return s.declares.gives if not isinstance(s, partial) else tuple(s.keywords.get(n, n) for n in _gives(s.func))
+
 def _insert(steppers, at, *new): return [*steppers[:at], *new, *steppers[at:]]
 
 def _cautious(steppers):
@@ -55,6 +57,7 @@ def _cautious(steppers):
 
 def _cautious_decay(steppers):
     decays = [s for s in steppers if 'decay' in _roles(s)]
+    if any(_gives(s) != ('p',) for s in decays): raise ValueError("`cautious_decay` masks what a decay takes from a parameter, and this optimizer decays in another way")
     rest = [s for s in steppers if s not in decays]
     names = {k: v for s in decays if isinstance(s, partial) for k,v in s.keywords.items()}
     at = next(i for i,s in enumerate(rest) if 'apply' in _roles(s))
@@ -72,6 +75,7 @@ def modified_spec(
 ) -> OptimizerSpec:
     "The entry of an optimizer, with another list of steppers; it is in no table"
     spec = OPTIMIZERS[optimizer]
+    if 'lookahead' in modifiers and any(s.start == 'p' for s in spec.composition().slots.values()): raise ValueError(f"{optimizer} averages weights by itself, which `lookahead` would disturb")
     def body(**arguments):
         steppers = spec.body(**arguments)
         for name in modifiers: steppers = MODIFIERS[name](steppers)
