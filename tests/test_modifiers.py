@@ -16,7 +16,11 @@ WAYS_OF_STEPPERS = ('native', 'foreach', 'fused')
 WRAP = dict(cautious=cautious, cautious_decay=cautious_decay, lookahead=lookahead)
 NESTED = [('cautious',), ('cautious_decay',), ('lookahead',), tuple(MODIFIERS)]
 
-def fits(name, modifiers): return not ('lookahead' in modifiers and OPTIMIZERS[name].has_lookahead)
+def averages(name): return 'base_weights' in slots_of(name)
+
+def fits(name, modifiers):
+    "Lookahead needs weights that nobody else averages, and decay is masked where it is taken from the parameter"
+    return not ('lookahead' in modifiers and (OPTIMIZERS[name].has_lookahead or averages(name)) or 'cautious_decay' in modifiers and averages(name))
 
 CASES = [(name, modifiers) for name in NAMES for modifiers in NESTED if fits(name, modifiers)]
 each_case = pytest.mark.parametrize('name,modifiers', CASES, ids=[f"{n}-{'+'.join(m)}" for n,m in CASES])
@@ -45,8 +49,9 @@ def test_every_way(name, modifiers, way):
 
 @each_case
 def test_a_modifier_makes_a_difference(name, modifiers):
-    plain, modified = (trained(wrapped(name, m, wd=.1))[1] for m in ((), modifiers))
-    assert not all(torch.equal(a, b) for a,b in zip(plain, modified))
+    plain, modified = (trained(wrapped(name, m, wd=.1, mom=.9))[1] for m in ((), modifiers))
+    same = max(distance(a, b) for a,b in zip(plain, modified)) < 1000
+    assert same == (modifiers == ('cautious',) and 'grad_avg' not in slots_of(name)) # without an average, updates go with the gradient
 
 @pytest.mark.parametrize('name', [n for n in NAMES if fits(n, MODIFIERS)])
 @pytest.mark.parametrize('order', list(itertools.permutations(MODIFIERS)), ids='+'.join)
@@ -59,7 +64,7 @@ def cautious_update(update, g):
     agree = (update*g > 0).double()
     return update*agree/max(float(agree.mean()), 1e-3) if g.numel() else update
 
-@pytest.mark.parametrize('name', TWINS)
+@pytest.mark.parametrize('name', [n for n in TWINS if not n.startswith('schedulefree')])
 def test_cautious_as_in_the_paper(name):
     "The twin's own update, masked and rescaled. Where an optimizer steps by a part of the update, for reasons of its own, masks come first, to the same effect"
     spec = next(s for n,s in OPTIMIZERS.items() if n.lower() == name)
@@ -109,7 +114,7 @@ def test_launches(name):
     "With `cautious` a sum more in the longest chain of sums, and that only if the update follows from sums; nothing more with the other two"
     def stages(*modifiers): return len(modified_spec(name, modifiers).composition().stages)
     plain = stages()
-    assert stages('cautious_decay') == plain
+    if fits(name, ['cautious_decay']): assert stages('cautious_decay') == plain
     assert stages('cautious') == max(2, plain) or plain > 1 and stages('cautious') == plain + 1
 
 @each_case
