@@ -120,6 +120,10 @@ class FastOptimizer(Optimizer):
         self.arguments = {k: bool(np.any(v)) if k == 'mom' else v for k,v in defaults.items() if k != 'lr'}
         self.forget()
 
+    def set_hyper(self, k, v):
+        "Set a hyperparameter of each group; what is fixed stays as it was when the optimizer was built"
+        if k not in getattr(getattr(self, 'spec', None), 'fixed', ()): super().set_hyper(k, v)
+
     def forget(self):
         "What can be found again: compositions, layouts and plans"
         self._layouts, self._layout, self._plans, self._compositions, self._ran = {}, None, {}, {}, None
@@ -216,6 +220,8 @@ def gather(self:FastOptimizer,
     return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition)
 
 # %% ../../nbs/optimizer.core.ipynb #944668fd
+def _start(start, p): return torch.empty_like(p, requires_grad=False).copy_(p) if start == 'p' else torch.full_like(p, start, requires_grad=False)
+
 @patch
 def init_slots(self:FastOptimizer,
     batch:Batch, # Parameters about to step
@@ -224,7 +230,7 @@ def init_slots(self:FastOptimizer,
     for name,ts in batch.slots.items():
         if not any(t is None for t in ts): continue
         start = batch.composition.slots[name].start
-        batch.slots[name] = [torch.full_like(p, start, requires_grad=False) if t is None else t for p,t in zip(batch.params, ts)]
+        batch.slots[name] = [_start(start, p) if t is None else t for p,t in zip(batch.params, ts)]
     for name,ts in batch.slots.items(): # all are there: none is kept if memory ran out
         if batch.composition.slots[name].lent: continue
         for state,t in zip(batch.states, ts): state.setdefault(name, t)

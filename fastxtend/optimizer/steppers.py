@@ -58,7 +58,7 @@ MATH = dict(sqrt=sqrt, exp=exp, log=log, abs=abs, sign=sign, minimum=minimum, ma
 @dataclass(frozen=True)
 class Slot:
     "A tensor of the parameter's shape that is kept between steps"
-    start:float=0. # Its value before the first step
+    start:float|str=0. # Its value before the first step, or `'p'`: that of the parameter
     signed:bool=True # Can it be negative?
     lent:bool=False # Does it belong to somebody else, who lends it for the step? If not, it is in the state of the parameter
 
