@@ -140,7 +140,9 @@ def distance(a, b, leave_out=0.):
     if not a.numel(): return 0.
     return float((a - b).abs().sort().values[-1 - int(leave_out*a.numel())])/max(float(a.abs().max()), floor)/eps
 
-def compare(a, b, path='', ratio_name='local_lr', leave_out=0.):
+RATIOS = tuple({n for spec in OPTIMIZERS.values() for n in spec.kept})
+
+def compare(a, b, path='', ratio_name=RATIOS, leave_out=0.):
     "Pairs of a path and a distance, of all tensors in two snapshots; everything else has to be equal"
     if isinstance(a, dict):
         assert set(a) == set(b), f"{path}: {sorted(a)} and {sorted(b)}"
