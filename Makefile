@@ -11,7 +11,7 @@ ready := $(VENV)/.ready
 docs_ready := $(VENV)/.docs_ready
 PORT ?= 4000
 
-.PHONY: help demo test setup sync lint nbtest pytest coverage readme export docs docs-serve docs-check docs-test dist-test oldest clean
+.PHONY: help demo test setup sync lint nbtest pytest coverage readme export docs docs-serve docs-check docs-test dist-test oldest soak clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -86,6 +86,10 @@ dist-test: setup ## Build wheel and sdist, install the wheel elsewhere, run READ
 
 oldest: ## Run the tests with the oldest versions that settings.ini allows (PYTHON=python3.10)
 	@$(MAKE) --no-print-directory pytest VENV=.venv-oldest CONSTRAINTS=.ci/oldest.txt EXTRAS=fused,test
+
+soak: setup ## The long runs: 20,000 sequences of the adversary, 50,000 random cases, 100,000 steps of each backend, 60 kills
+	ADVERSARY_SEQUENCES=20000 PROPERTY_EXAMPLES=50000 FASTXTEND_SOAK_STEPS=12500 FASTXTEND_KILLS=20 OMP_WAIT_POLICY=passive \
+		$(bin)/python -m pytest -n $(JOBS) -s tests/test_adversary.py tests/test_property.py tests/test_soak.py tests/test_resume.py $(ARGS)
 
 clean: ## Remove what was built, but not the environment
 	rm -rf build dist *.egg-info demo_out bench_out _docs _proc htmlcov .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache

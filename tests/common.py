@@ -1,10 +1,12 @@
 "What the tests of the optimizers share: the table's rows, parameters, gradients, schedules and tolerances"
 from __future__ import annotations
 
-import inspect, io, math
+import inspect, io, itertools, math, os
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import numpy as np, torch
 from fastai.callback.schedule import combined_cos
@@ -61,6 +63,20 @@ def defaults(name):
 def moms(name):
     "The values of `mom` that make a different optimizer: none is as good as any unless it keeps less state"
     return (0., .9) if slots_of(name, 0.) != slots_of(name) else (.9,)
+
+SOAK = bool(os.environ.get('SOAK')) # All combinations of everything, for `make soak`
+
+def combinations(name, *axes):
+    """Combinations of values, one from each axis: all of them for fastai's eight, whose oracle is fastai itself, and in a soak test;
+    else few, in which every pair of values occurs"""
+    every = list(itertools.product(*axes))
+    if SOAK or OPTIMIZERS[name].native is not None: return every
+    def pairs(c): return {(i, c[i], j, c[j]) for j in range(len(c)) for i in range(j)}
+    chosen, todo = [], set().union(*map(pairs, every))
+    while todo:
+        chosen.append(max(every, key=lambda c: len(pairs(c) & todo)))
+        todo -= pairs(chosen[-1])
+    return chosen
 
 def make_params(shapes, dtype=torch.float32, seed=0):
     "Leaves of the given shapes, which are values of a dict or a list"
@@ -140,9 +156,9 @@ def distance(a, b, leave_out=0.):
     if not a.numel(): return 0.
     return float((a - b).abs().sort().values[-1 - int(leave_out*a.numel())])/max(float(a.abs().max()), floor)/eps
 
-RATIOS = tuple({n for spec in OPTIMIZERS.values() for n in spec.kept})
+KEPT = {n for spec in OPTIMIZERS.values() for n in spec.kept} # Scalars that are left in the state: learning rates of layers
 
-def compare(a, b, path='', ratio_name=RATIOS, leave_out=0.):
+def compare(a, b, path='', leave_out=0.):
     "Pairs of a path and a distance, of all tensors in two snapshots; everything else has to be equal"
     if isinstance(a, dict):
         assert set(a) == set(b), f"{path}: {sorted(a)} and {sorted(b)}"
@@ -150,7 +166,7 @@ def compare(a, b, path='', ratio_name=RATIOS, leave_out=0.):
     elif isinstance(a, (list, L)):
         assert len(a) == len(b), path
         for i,(x,y) in enumerate(zip(a, b)): yield from compare(x, y, f'{path}[{i}]', leave_out=leave_out)
-    elif path.endswith(ratio_name): # native keeps a number or a tensor, as the case may be
+    elif path.rpartition('.')[2] in KEPT: # native keeps a number or a tensor, as the case may be
         yield path, distance(*(torch.tensor([float(x)]) for x in (a, b)))
     elif isinstance(a, Tensor): yield path, distance(a, b, leave_out)
     elif isinstance(a, np.ndarray): assert np.array_equal(a, b), path
@@ -167,6 +183,11 @@ def snapshot_without_grads(steps, opt, params):
     snap = snapshot(opt, params)
     del snap['grads']  # native adds L2 regularization to them
     return snap
+
+def has_triton():
+    "Is there a Triton that the CUDA kernels can use?"
+    if find_spec('triton') is None: return False
+    return tuple(map(int, version('triton').split('.')[:2])) >= (3, 5)
 
 def saved_and_loaded(sd, weights_only=True):
     "`sd` after a way through a file"

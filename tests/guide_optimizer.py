@@ -3,10 +3,10 @@
 import importlib.util, json, sys, tempfile
 from pathlib import Path
 
-from fastxtend.optimizer import fused
-from fastxtend.optimizer.core import OPTIMIZERS
+from fastxtend.optimizer.table import OPTIMIZERS
 
 GUIDE = Path(__file__).parent.parent/'nbs/guides.own_optimizer.ipynb'
+FOLDER = tempfile.TemporaryDirectory() # as long as the process lives: compilers read the source of what they compile
 
 def code(notebook):
     "The code cells of a notebook that its readers see, as one module"
@@ -14,17 +14,14 @@ def code(notebook):
     return '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code' and '#| hide\n' not in c['source'])
 
 def follow(notebook, name='guide'):
-    "Run a notebook as the module `name`, from a file: TorchScript reads the source of what it compiles"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)/f'{name}.py'
-        path.write_text(code(notebook), encoding='utf-8')
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    "Run a notebook as the module `name`"
+    path = Path(FOLDER.name)/f'{name}.py'
+    path.write_text(code(notebook), encoding='utf-8')
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 before = set(OPTIMIZERS)
 guide = follow(GUIDE)
 NAME, = set(OPTIMIZERS) - before
-setattr(fused, NAME, getattr(guide, NAME))
-setattr(fused, NAME.lower(), fused._helper(getattr(guide, NAME)))

@@ -109,7 +109,7 @@ def test_nothing_moves(name, way):
     opt = start(name, way, 3, 'cpu')
     params = list(opt.all_params().itemgot(0))
     def addresses():
-        slots = [s for p in params for k,s in opt.state[p].items() if isinstance(s, Tensor) and k != 'local_lr']
+        slots = [s for p in params for k,s in opt.state[p].items() if isinstance(s, Tensor) and k not in KEPT]
         slow = [s for pg in lookahead(opt).get('slow_weights', []) for s in pg]
         return [t.data_ptr() for t in (*params, *(p.grad for p in params), *slots, *slow)]
     opt.step()

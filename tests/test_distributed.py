@@ -1,6 +1,5 @@
 "Two processes on CPUs: DDP trains as one process does on the whole batch, and so does FSDP2"
 import os, socket, subprocess, sys
-from importlib.util import find_spec
 from unittest.mock import patch
 
 import pytest
@@ -231,7 +230,7 @@ def launch(folder, **tasks):
     assert {(task, n, w) for task,names in tasks.items() for n in names for w in BACKENDS} <= set(done)
 
 def test_two_processes(tmp_path):
-    with_triton = dict(interpreted=['Adam', 'Ranger']) if find_spec('triton') else {}
+    with_triton = dict(interpreted=['Adam', 'Ranger']) if has_triton() else {}
     launch(tmp_path, ddp=NAMES, fsdp=NAMES, wide=['Adam', 'Lamb'], partly=NAMES, twice=NAMES, **with_triton)
 
 def test_distrib_ctx(tmp_path):

@@ -26,8 +26,8 @@ class Config(NamedTuple):
 
     def __str__(self): return f"{self.name}-{str(self.dtype)[6:]}-{self.wd}-{self.groups}group{'s'*(self.groups>1)}-{self.do_wd}-mom{self.mom}"
 
-CONFIGS = [Config(name, dtype, wd, groups, do_wd, mom)
-           for name,dtype,wd,groups,do_wd in itertools.product(NAMES, (torch.float32, torch.float64), WD, (1, 3), ('all', 'some')) for mom in moms(name)]
+CONFIGS = [Config(name, *c) for name in NAMES
+           for c in combinations(name, (torch.float32, torch.float64), tuple(WD), (1, 3), ('all', 'some'), moms(name))]
 
 def make(c, way):
     shapes = SHAPES if c.has_big else SMALL

@@ -81,7 +81,7 @@ def built(source, tmp):
     info = next(tmp.glob('*.egg-info'))
     entries = ConfigParser(delimiters=['='])
     entries.read(info/'entry_points.txt', encoding='utf-8')
-    return (info/'PKG-INFO').read_text(encoding='utf-8').split('\n\n')[0], entries
+    return (info/'PKG-INFO').read_text(encoding='utf-8').split('\n\n')[0], (info/'requires.txt').read_text(encoding='utf-8').split(), entries
 
 @pytest.fixture(scope='module')
 def metadata(tmp_path_factory): return built(root, tmp_path_factory.mktemp('egg'))
@@ -114,12 +114,12 @@ def test_no_address_is_invented(settings):
     assert found == []
 
 def test_what_is_built(settings, metadata):
-    fields, entries = metadata
+    fields, required, entries = metadata
     for field in (f"Name: {settings['lib_name']}", f"Version: {settings['version']}", f"Summary: {settings['description']}",
                   f"Requires-Python: >={settings['min_python']}", 'License: Apache-2.0'):
         assert re.search(f'^{re.escape(field)}$', fields.replace('License-Expression', 'License'), re.M), field
     assert set(re.findall('^Provides-Extra: (.*)$', fields, re.M)) == {'fused', 'bench', 'docs', 'test', 'dev', 'all'}
-    for requirement in settings['requirements'].split(): assert requirement in fields
+    assert required[:len(settings['requirements'].split())] == settings['requirements'].split()
     assert dict(entries['nbdev']) == {'fastxtend': 'fastxtend._modidx:d'}
     scripts = dict(o.split('=') for o in settings['console_scripts'].split())
     assert (dict(entries['console_scripts']) if scripts else {}) == scripts

@@ -106,7 +106,7 @@ class Native:
         for i,(p,g) in enumerate(zip(self.params, grads)): p.grad = None if g is None or i in frozen else g.to(self.compute, copy=True)
         self.opt.step()
         for t,old in kept: t.copy_(old)  # Lookahead moves parameters that are frozen, and ours does not
-        slots = [t for p in self.params for k,t in self.opt.state[p].items() if isinstance(t, Tensor) and k != 'local_lr']
+        slots = [t for p in self.params for k,t in self.opt.state[p].items() if isinstance(t, Tensor) and k not in KEPT]
         for t in [*self.params, *slots, *(s for pg in getattr(self.opt, 'slow_weights', None) or [] for s in pg)]: t.copy_(t.to(self.dtype))
 
 def happen(what, opt, params, memory, rebuild):
@@ -118,7 +118,7 @@ def happen(what, opt, params, memory, rebuild):
     if what == 'slot':
         for p in params:
             for k,t in opt.state[p].items():
-                if isinstance(t, Tensor) and k != 'local_lr': opt.state[p][k] = memory.alloc(t, 'sliced' if t.is_contiguous() else 'transposed')
+                if isinstance(t, Tensor) and k not in KEPT: opt.state[p][k] = memory.alloc(t, 'sliced' if t.is_contiguous() else 'transposed')
     if what == 'clear': opt.clear_state()
     if what == 'no grads': opt.step()
     if what == 'reload':
@@ -168,7 +168,7 @@ def test_fused_is_native_and_writes_nothing_else(case):
             a, b = native.opt.state[q], opt.state[p]
             assert set(a) == set(b), (a.keys(), b.keys())
             for k in a:
-                if k == 'local_lr': assert math.isclose(float(a[k]), float(b[k]), rel_tol=LR_TOLERANCE[dtype], abs_tol=1e-30)
+                if k in KEPT: assert math.isclose(float(a[k]), float(b[k]), rel_tol=LR_TOLERANCE[dtype], abs_tol=1e-30)
                 elif isinstance(a[k], Tensor): assert apart((i, k), a[k], b[k]) <= TOLERANCE[dtype], k
                 else: assert a[k] == b[k]
         stepped = [i for i,p in enumerate(params) if p.grad is not None and p.requires_grad]

@@ -265,7 +265,7 @@ def test_another_optimizers_file(name, way):
     "The state of every optimizer with other state is refused, with a message that says so"
     opt, params = trained(name, way)
     before = snapshot(opt, params)
-    for other in NAMES:
+    for other in [n for n in NAMES if way in ways(n)]:
         sd = trained(other, way)[0].state_dict()
         if set(opt.state_dict()) <= set(sd) and set(sd['hypers'][0]) == set(opt.state_dict()['hypers'][0]): continue # Ranger is RAdam with Lookahead
         with pytest.raises(ValueError, match='another optimizer|without Lookahead'): opt.load_state_dict(sd)

@@ -62,7 +62,8 @@ def test_defaults_reach_the_optimizer(name, way):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_no_flag_is_fastai(name):
-    assert is_native(build(name, make_params(SMALL))) and not any(is_native(build(name, make_params(SMALL), way)) for way in BACKENDS)
+    assert is_native(build(name, make_params(SMALL))) == (OPTIMIZERS[name].native is not None)
+    assert not any(is_native(build(name, make_params(SMALL), way)) for way in ways(name, BACKENDS))
 
 @pytest.mark.parametrize('name', NAMES)
 def test_the_rows_slots(name):

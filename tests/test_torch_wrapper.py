@@ -216,6 +216,16 @@ def test_learner(name):
     quiet(learn, 'fit', 1, cbs=[EMACallback(.9), GradientClip(.1)])
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
+def test_adagrad_starts_anew():
+    "Its state is made with it, and not in the first step"
+    opt = TorchOptimizer([p := torch.ones(3)], opt=partial(optim.Adagrad, initial_accumulator_value=.5), lr=.1)
+    fresh = deepcopy(dict(opt.opt.state[p]))
+    p.grad = torch.ones(3)
+    opt.step()
+    opt.clear_state()
+    assert {k: v.tolist() for k,v in opt.opt.state[p].items()} == {k: v.tolist() for k,v in fresh.items()}
+    opt.step()
+
 @pytest.mark.parametrize('wd_bn_bias', [False, True])
 def test_learner_is_fastai_s(wd_bn_bias):
     a = quiet(learner(torch_opt(optim.AdamW, betas=(.9, .99), eps=1e-5, weight_decay=0.), wd_bn_bias=wd_bn_bias), 'fit_one_cycle', 4, slice(1e-3, 3e-2), wd=.5)

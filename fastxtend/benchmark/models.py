@@ -138,5 +138,6 @@ def model_shapes(
     spec = MODELS[name]
     if importlib.util.find_spec(spec.package) is None:
         raise NotInstalled(f"{name} needs the package '{spec.package}': `pip install {spec.package}`")
+    import torch._dynamo # what models import, and PyTorch 2.7 cannot import with another device
     with torch.device('meta'): model = spec.build()
     return tuple(scaled(s, spec.scale) for s in shapes_of(model))

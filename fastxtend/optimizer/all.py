@@ -6,13 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/optimizer.all.ipynb #2773dd2f
+from .adabelief import *
 from .adan import *
+from .ademamix import *
 from .adopt import *
 from .declare import *
 from .foreach import *
 from .fused import *
 from .kernels import FusedLookahead, FusedOptimizer
+from .laprop import *
 from .lion import *
+from .mars import *
 from .nadam import *
 from .stableadam import *
 from .table import OPTIMIZERS

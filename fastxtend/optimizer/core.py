@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np, torch
 from fastai.optimizer import Optimizer
@@ -45,6 +46,7 @@ def repeats(
     return res
 
 # %% ../../nbs/optimizer.core.ipynb #72c0bdc8
+@lru_cache(None)
 def facts_in(
     composition:Composition, # What is to be done
 ) -> tuple[str, ...]:
@@ -405,9 +407,10 @@ class LookaheadMixin:
     def __init__(self, *args,
         k:int=6, # How often to conduct Lookahead step
         alpha:float=0.5, # Slow weight moving average coefficient
+        options:dict=None, # Settings that are no hyperparameters
         **kwargs
     ):
-        super().__init__(*args, options=dict(alpha=alpha), **kwargs)
+        super().__init__(*args, options={**(options or {}), 'alpha': alpha}, **kwargs)
         if k < 1: raise ValueError(f"Lookahead synchronises every `k` steps, which cannot be {k}")
         self.k = k
         self._init_state()

@@ -17,7 +17,7 @@ from torch import Tensor
 from .batch import Batch
 from .plan import Engine, Work
 from .probe import DTYPES, Probe
-from .steppers import Composition, Line, Stage, compile_stage
+from .steppers import Composition, Line, Stage, call_names, compile_stage
 
 if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 5): raise ImportError(f"Triton 3.5 or later is needed, not {triton.__version__}")
 
@@ -84,7 +84,8 @@ def triton_late(
     "What follows from sums, as a function of the sums so far and the scalars of the row; `None` if there is nothing"
     stage = composition.stages[at]
     if not stage.late: return None
-    lines = tuple(Line((f.name,), f.inputs, f"{f.f.__name__}({', '.join(map(str, f.takes))})", f.f) for f in stage.late)
+    called = call_names([f.f for f in stage.late], {*_math, *sums_before(composition, at), *composition.row, *(f.name for f in stage.late)})
+    lines = tuple(Line((f.name,), f.inputs, f"{called[f.f]}({', '.join(map(str, f.takes))})", f.f) for f in stage.late)
     late = replace(stage, name=stage.name + '_late', lines=lines, tensors=sums_before(composition, at), scalars=composition.row, gives=tuple(f.name for f in stage.late))
     return compile_stage(late, _math, _jit, _readable(late))
 

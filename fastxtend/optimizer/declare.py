@@ -60,7 +60,8 @@ def build(
     options = {k: arguments.pop(k) for k in spec.options if k in arguments}
     if backend is None and spec.native is not None: return spec.native(params, lr=lr, decouple_wd=decouple_wd, **options, **arguments)
     hypers = {**spec.hypers, **arguments}
-    kwargs = dict(lr=lr, decouple_wd=decouple_wd, **(options if spec.has_lookahead else dict(options=options)), **hypers)
+    lookahead = {n: options.pop(n) for n in ('k', 'alpha') if spec.has_lookahead and n in options}
+    kwargs = dict(lr=lr, decouple_wd=decouple_wd, options=options, **lookahead, **hypers)
     if backend is None: return (StepperLookahead if spec.has_lookahead else StepperOptimizer)(params, spec, **kwargs)
     if backend == 'fused': return (FusedLookahead if spec.has_lookahead else FusedOptimizer)(params, spec, **kwargs)
     if backend == 'jit':

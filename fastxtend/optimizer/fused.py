@@ -118,7 +118,7 @@ def _rectified(factor): return float(factor > 0)
 def _foldable(factor, correction, beta): return 1. if beta or not factor else correction
 def _radam_size(lr, mom, factor, foldable, step): return (lr*factor if factor else lr)*foldable/debias(mom, 1-mom, step)
 def _radam_eps(eps, foldable): return eps*foldable
-def _sqr_scale(correction): return 1/correction
+def _sqr_scale(correction, beta): return 1/correction if beta else 1.
 
 RADAM_SCALARS = dict(step=counter(_count), correction=folded(_correction), factor=folded(rectification), rectified=folded(_rectified), foldable=folded(_foldable),
                      step_size=folded(_radam_size), folded_eps=folded(_radam_eps))

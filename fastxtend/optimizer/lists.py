@@ -158,6 +158,7 @@ def needs_late(
     return {n: known(n) for n in composition.late_inputs}
 
 # %% ../../nbs/optimizer.lists.ipynb #e6c6106f
+@lru_cache(None)
 def knows(
     step:Callable, # A written step, or `None`
     composition:Composition, # Of this step

@@ -17,17 +17,22 @@ from .kernels import FusedOptimizer
 from .steppers import apply, average_grad, average_sqr_grad, folded, l2_reg, maximum, sqrt, stepper, summed, weight_decay
 
 # %% auto #0
-__all__ = ['stableadam', 'stabilise', 'StableAdam']
+__all__ = ['stableadam', 'compare_size', 'stabilise', 'StableAdam']
 
-# %% ../../nbs/optimizer.stableadam.ipynb #66bf2691
-def _stable_lr(ratios, numel, correction, lr): return lr/maximum(1., correction*sqrt(ratios/maximum(numel, 1.)))
+# %% ../../nbs/optimizer.stableadam.ipynb #294780ec
+def _stable_lr(ratio_sqr, numel, correction, lr): return lr/maximum(1., correction*sqrt(ratio_sqr/maximum(numel, 1.)))
 
-@stepper('update', ratios=summed('g*g/maximum(sqr_avg, folded_eps*folded_eps)'), stable_lr=folded(_stable_lr, keep=True))
+@stepper('ratio')
+def compare_size(g, sqr_avg, folded_eps):
+    "The gradient in units of its size so far"
+    return g/maximum(sqrt(sqr_avg), folded_eps)
+
+@stepper('update', ratio_sqr=summed('ratio*ratio'), stable_lr=folded(_stable_lr, keep=True))
 def stabilise(update, stable_lr):
     "The update, times the learning rate of the tensor"
     return stable_lr*update
 
-# %% ../../nbs/optimizer.stableadam.ipynb #b05a89af
+# %% ../../nbs/optimizer.stableadam.ipynb #69aab7f5
 @optimizer()
 def StableAdam(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
@@ -39,7 +44,7 @@ def StableAdam(
     decouple_wd:bool=True, # True weight decay, or L2 regularization?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "StableAdamW (Wortsman et al., 2023): AdamW with shorter steps where gradients have grown"
-    steps = [average_grad, average_sqr_grad, partial(adam_step, lr=1.), stabilise]
+    steps = [average_grad, average_sqr_grad, partial(adam_step, lr=1.), compare_size, stabilise]
     return [*steps, partial(weight_decay, lr='stable_lr'), apply] if decouple_wd else [l2_reg, *steps, apply]
 
 stableadam = helper(StableAdam)

@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ['sqrt', 'exp', 'log', 'sign', 'abs', 'minimum', 'maximum', 'MATH', 'where', 'Slot', 'Counter', 'Folded', 'Summed',
            'slot', 'counter', 'folded', 'summed', 'Declaration', 'stepper', 'weight_decay', 'l2_reg', 'decay',
            'add_momentum', 'average_grad', 'average_sqr_grad', 'apply', 'Switch', 'when', 'switches', 'picked',
-           'CompositionError', 'args_of', 'Fold', 'Line', 'Stage', 'Composition', 'compose', 'called_by',
+           'CompositionError', 'args_of', 'Fold', 'Line', 'Stage', 'Composition', 'call_names', 'compose', 'called_by',
            'compile_function', 'compile_stage', 'with_numbers', 'with_numbers_in']
 
 # %% ../../nbs/optimizer.steppers.ipynb #62548f35
@@ -271,6 +271,9 @@ class Line:
     source:str # What is assigned
     f:Callable=None # The stepper that is called, if it is no expression
 
+    @property
+    def called(self): "The name by which the stepper is called"; return self.source.partition('(')[0]
+
     def __str__(self): return f"{', '.join(self.gives)} = {self.source}"
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +289,7 @@ class Stage:
     clears:bool=False # Does it leave zeros where the gradients are?
 
     @property
-    def functions(self): "The steppers by name"; return {l.f.__name__: l.f for l in self.lines if l.f}
+    def functions(self): "The steppers by name"; return {l.called: l.f for l in self.lines if l.f}
 
     @property
     def source(self):
@@ -334,6 +337,18 @@ def _fold_function(name, folds):
     exec(f"def fold(row):\n{lines}    return row", scope)
     return scope['fold']
 
+def call_names(
+    functions:list, # Steppers or folds
+    taken:set, # Names of everything else
+) -> dict[Callable, str]:
+    "A name for each of `functions` in a joined function: its own, unless that means something else there"
+    names = {}
+    for f in dict.fromkeys(functions):
+        n = f.__name__ if f.__name__.isidentifier() else 'f'
+        while n in taken or n in names.values(): n += '_'
+        names[f] = n
+    return names
+
 def _ordered(folds, what):
     "Names of `folds` in an order in which they can be computed; `CompositionError` if there is none"
     done, todo = [], dict(folds)
@@ -366,6 +381,8 @@ def _lines(uses, names, given, what):
     slots = [n for n,o in names.items() if isinstance(o, Slot)]
     folds = {n: o for n,o in names.items() if isinstance(o, Fold)}
     level, lines = {**dict.fromkeys(('p', 'g', *slots), 0)}, []
+    taken = {*MATH, *names, *(n for u in uses for n in (*u.gives, *dict(u.takes).values())), *(n for f in folds.values() for n in f.takes), what.lower()}
+    called = call_names([u.f for u in uses], taken)
     def scalar_level(n, f):
         if n in level: return level[n]
         if n not in folds:
@@ -386,7 +403,7 @@ def _lines(uses, names, given, what):
             if n in folds or isinstance(names.get(n), Summed) or given is not None and n in given: raise CompositionError(f"{what}: `{u.f.__name__}` gives '{n}', which is a scalar")
             level[n] = deep
         args = ', '.join(n if isinstance(n, str) else f'{a}={n!r}' for a,n in u.takes)
-        lines.append(Line(u.gives, takes, f'{u.f.__name__}({args})', u.f))
+        lines.append(Line(u.gives, takes, f'{called[u.f]}({args})', u.f))
     return lines, level
 
 def compose(
@@ -397,11 +414,19 @@ def compose(
 ) -> Composition:
     "Join a list of steppers; equal lists give the same object. `CompositionError` if they do not fit together"
     uses = tuple(_use(s) for s in _flat(steppers))
+    _check_names(uses, name)
     key = tuple((u.f, u.takes, u.gives, tuple(u.names.items())) for u in uses), given if given is None else frozenset(given), name, on
     if key not in _composed: _composed[key] = _compose(uses, given, name, on)
     return _composed[key]
 
 _composed = {} # Engines keep machine code by stage, so equal lists have to be one composition
+
+def _check_names(uses, what):
+    "`CompositionError` if a stepper is called as another, or as something that is given: a joined function knows both by their names"
+    functions, given = {}, {n for u in uses for n in u.gives}
+    for f in (u.f for u in uses):
+        if f.__name__ in given: raise CompositionError(f"{what}: '{f.__name__}' is a stepper, and something that a stepper gives: rename one of them")
+        if functions.setdefault(f.__name__, f) is not f: raise CompositionError(f"{what}: there are two steppers called `{f.__name__}`: rename one of them")
 
 def _compose(uses, given, name, on):
     names = _declared(uses, name)

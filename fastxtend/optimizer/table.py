@@ -36,9 +36,11 @@ class OptimizerSpec:
     hidden:tuple=() # Names of hyperparameters that are no arguments
     foreach_class:type=None # Class of the optimizer with `foreach=True`, if it has a name of its own
     constructor:Callable=None # What users call
+    made_by:tuple=None # A function and its arguments that make it again, if it is in no table
 
     def __reduce__(self):
         "Pickled by name: steppers and scripted steps cannot be"
+        if self.made_by: return self.made_by
         return (_named, (self.name,)) if OPTIMIZERS.get(self.name) is self else super().__reduce__()
 
     @cached_property
@@ -110,6 +112,7 @@ def unwrapped(
     "The function itself"
     return unwrapped(step.func) if isinstance(step, partial) else step
 
+@lru_cache(None)
 def step_args(
     step:Callable, # A step function or a `partial` of one that translates names
 ) -> tuple[tuple[str, str], ...]:

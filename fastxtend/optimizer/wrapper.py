@@ -16,7 +16,7 @@ from torch import Tensor
 from .batch import check_params
 
 # %% auto #0
-__all__ = ['hyper_names', 'TorchOptimizer', 'needs_closure', 'torch_opt']
+__all__ = ['hyper_names', 'TorchOptimizer', 'needs_closure', 'first_state', 'torch_opt']
 
 # %% ../../nbs/optimizer.wrapper.ipynb #d213e877
 def hyper_names(
@@ -105,10 +105,18 @@ def zero_grad(self:TorchOptimizer):
     self.opt.zero_grad()
 
 # %% ../../nbs/optimizer.wrapper.ipynb #1c7fbbe3
+def first_state(
+    opt:torch.optim.Optimizer, # An optimizer
+) -> dict:
+    "The state of `opt` before its first step: that of Adagrad is made with it, and in older versions of PyTorch it cannot do without"
+    if type(opt) is not torch.optim.Adagrad: return {}
+    return torch.optim.Adagrad(map(dict, opt.param_groups), initial_accumulator_value=opt.defaults['initial_accumulator_value']).state
+
 @patch
 def clear_state(self:TorchOptimizer):
     "Start anew, but for `do_wd` and `force_train`"
     self.opt.state.clear()
+    self.opt.state.update(first_state(self.opt))
 
 @patch
 def state_dict(self:TorchOptimizer) -> dict:
