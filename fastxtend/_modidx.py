@@ -461,6 +461,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastxtend/optimizer/adopt.py')},
             'fastxtend.optimizer.attach': { 'fastxtend.optimizer.attach.Attachment': ( 'optimizer.attach.html#attachment',
                                                                                        'fastxtend/optimizer/attach.py'),
+                                            'fastxtend.optimizer.attach.Attachment.is_wanted': ( 'optimizer.attach.html#attachment.is_wanted',
+                                                                                                 'fastxtend/optimizer/attach.py'),
                                             'fastxtend.optimizer.attach.Attachment.lent': ( 'optimizer.attach.html#attachment.lent',
                                                                                             'fastxtend/optimizer/attach.py'),
                                             'fastxtend.optimizer.attach._clip_scale': ( 'optimizer.attach.html#_clip_scale',

@@ -58,7 +58,7 @@ class ClearGradients(Callback):
         store_attr()
 
     def before_step(self):
-        if not self.to_none and attaches(self): self.opt.attached['clear'] = Attachment(last=(clear_gradients,), wanted=lambda: self.learn is not None)
+        if not self.to_none and attaches(self): self.opt.attached['clear'] = Attachment(last=(clear_gradients,), by=self)
 
     def after_step(self):
         if not self.to_none: return

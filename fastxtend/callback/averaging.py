@@ -195,9 +195,9 @@ class EMACallback(AveragingCallback):
     def hand_over(self):
         "Average in the step, unless another `EMACallback` does"
         other = self.opt.attached.get('average')
-        if other is not None and other is not self.lent.get('handed') and other.wanted(): return
-        self.handed = self.lent['handed'] = self.opt.attached['average'] = Attachment(last=(average_weights,), scalars=dict(average_weight=self.weight()),
-                                                                lend=dict(average=self.lend), wanted=lambda: self.learn is not None)
+        if other is not None and other.by is not self and other.is_wanted: return
+        self.handed = self.opt.attached['average'] = Attachment(last=(average_weights,), scalars=dict(average_weight=self.weight()),
+                                                                lend=dict(average=self.lend), by=self)
 
     def lend(self,
         params:list, # Parameters that step

@@ -55,6 +55,6 @@ class GradientClip(fai.GradientClip):
     def attachment(self):
         "What is added to the step"
         if 'params' not in self.listed: self.listed['params'] = list(self.parameters())
-        common = dict(over=[p for p in self.listed['params'] if p.grad is not None], apart=self.clip, wanted=lambda: self.learn is not None)
+        common = dict(over=[p for p in self.listed['params'] if p.grad is not None], apart=self.clip, by=self)
         if 'unscale' not in self.opt.attached: return Attachment((clip_gradients,), scalars=dict(clip_norm=self.max_norm), **common)
         return Attachment((clip_known,), scalars=dict(clip_scale=min(self.max_norm/(self.opt.known['grad_norm'] + 1e-6), 1.)), **common)

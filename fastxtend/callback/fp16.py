@@ -47,7 +47,7 @@ def unscale_in_step(
     params = opt.stepping()[0].params
     def apart(): torch._foreach_mul_([p.grad for p in params], 1/scale)
     opt.known['grad_norm'] = math.sqrt(sqr)/(guess*scale)
-    opt.attached['unscale'] = Attachment((scale_gradients,), scalars=dict(grad_scale=1/scale), over=params, apart=apart, wanted=lambda: cb.learn is not None)
+    opt.attached['unscale'] = Attachment((scale_gradients,), scalars=dict(grad_scale=1/scale), over=params, apart=apart, by=cb)
     cb.scales.append(scale)
     return True
 

@@ -35,8 +35,11 @@ class Attachment:
     lend:dict=field(default_factory=dict) # Name of a slot to a function from the parameters that step to a tensor for each, or to `None`
     over:list=None # Whose gradients it is about: if others step, or not all of these, it is done apart
     apart:Callable=noop # Does before the step what the first steppers would do in it; what the last ones would do is done later by who sees that it was not `taken`
-    wanted:Callable=lambda: True # Is it still? An interrupted training leaves it behind
+    by:object=None # Callback that brings it
     taken:bool=False # Was it part of the step?
+
+    @property
+    def is_wanted(self): "Has its callback still a learner? An interrupted training leaves attachments behind"; return getattr(self.by, 'learn', True) is not None
 
     def lent(self,
         params:list, # Parameters that step

@@ -263,7 +263,7 @@ def ready(self:FastOptimizer,
     **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
 ) -> tuple[Plan, Batch, Probe]|None: # `None` if nothing steps
     "Gather and plan; what is attached is part of it, if all of it is kernels"
-    self.attached = {n: a for n,a in self.attached.items() if a.wanted()}
+    self.attached = {n: a for n,a in self.attached.items() if a.is_wanted}
     batch = self.gather(**lent)
     if not len(batch): return None
     planned = self.plan(batch)
