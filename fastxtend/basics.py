@@ -7,10 +7,13 @@ __all__ = []
 
 # %% ../nbs/basics.ipynb #a970a426
 import fastxtend.schedulers # adds `Learner.fit_flat_varied`
+import fastxtend.callback.fp16 # `MixedPrecision` unscales in the step of a fused optimizer
+from .callback.attach import ClearGradients
 from .callback.averaging import EMACallback, SWACallback
+from .callback.clip import GradientClip
 from .callback.profiler import SimpleProfilerCallback
 from .optimizer import all as _optimizer
 from .optimizer.all import *
 from .optimizer.wrapper import TorchOptimizer, torch_opt
 
-__all__ = [*_optimizer.__all__, 'TorchOptimizer', 'torch_opt', 'EMACallback', 'SWACallback', 'SimpleProfilerCallback']
+__all__ = [*_optimizer.__all__, 'TorchOptimizer', 'torch_opt', 'GradientClip', 'ClearGradients', 'EMACallback', 'SWACallback', 'SimpleProfilerCallback']

@@ -65,7 +65,7 @@ def test_numbers_add_up(fit):
     for part,inner in (('train', STEPS), ('valid', STEPS[:2])):
         assert total['', part] >= total[part, 'draw'] + total[part, 'batch']
         assert total[part, 'batch'] >= sum(total[part, o] for o in inner) > 0
-        assert df.loc[part].calls.nunique() == 1 and list(df.loc[part].index) == ['draw', 'batch', *inner]
+        assert df.loc[part].calls.nunique() == 1 and list(df.loc[part].index) == ['draw', 'batch', *inner, *(['optimizer'] if part == 'train' else [])]
     assert (df.mean_ms*df.calls/1000 - df.total_s).abs().max() < 1e-9
     assert df.share['', 'fit'] == 1 and (df.share <= 1).all() and (df.share*total['', 'fit'] - total).abs().max() < 1e-9
 
@@ -127,6 +127,23 @@ def test_cancelled(error, batches):
     if error is CancelStepException: assert df.calls['train', 'opt_step'] == 6 and df.calls['train', 'zero_grad'] == 8
     else: assert df.calls['train', 'loss'] == batches - (1 if error is CancelFitException else 2)
     assert df.total_s['', 'train'] >= df.total_s['train', 'draw'] + df.total_s['train', 'batch']
+
+def test_optimizer_is_all_around_the_step():
+    "Callbacks before and after the step count, those of other events do not, and batches without a step have none"
+    clock = Ticks()
+    df = profiled(learner(cbs=Wait(clock, 1000)), lambda l: l.fit(1), clock=clock)
+    train = df.loc['train'].mean_ms
+    assert train['optimizer'] > 2*1000*1000 + train['opt_step'] + train['zero_grad'] and train['optimizer'] < 3*1000*1000
+    df = profiled(learner(cbs=GradientAccumulation(16)), lambda l: l.fit(2))
+    assert df.calls['train', 'optimizer'] == df.calls['train', 'opt_step'] == 4 and df.calls['train', 'batch'] == 8
+
+def test_the_first_call_is_apart():
+    phases = profiler.Phases(clock := Ticks())
+    phases.start('fit'); phases.start('train')
+    for seconds in (50, 1, 3, 2):
+        phases.start('batch'); clock.now += seconds - 1; phases.stop('batch')
+    row = phases.frame().iloc[-1]
+    assert (row.first_ms, row.median_ms, row.mean_ms) == (50_000, 2_000, 14_000)
 
 def test_only_the_next_fit():
     learn = learner()

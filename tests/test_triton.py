@@ -15,8 +15,12 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 
+from torch import nn
+
 from fastxtend.optimizer import cuda, kernels, plan
+from fastxtend.optimizer.attach import (Attachment, average_weights, clear_gradients, clip_gradients, look_at_gradients, scale_gradients, sums_only)
 from fastxtend.optimizer.cuda import compile_ahead, constants, step_kernel, sums_kernel
+from fastxtend.optimizer.steppers import compose, picked
 
 # Triton decides when it is imported whether it interprets. So the first test runs the interpreted ones in a process of their own.
 INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1'
@@ -200,6 +204,58 @@ def test_mixed_dtypes(name, launches):
     assert_same(run('native'), run('fused'), TOLERANCE['fused'])
     assert launches == {k: 2*v for k,v in launches_of(name, 2).items()}
 
+def attach(opt, params, average):
+    "Clip, average and clear in the next step"
+    opt.attached.update(clip=Attachment((clip_gradients,), scalars=dict(clip_norm=.5), over=params), clear=Attachment(last=(clear_gradients,)),
+                        average=Attachment(last=(average_weights,), scalars=dict(average_weight=.1), lend=dict(average=lambda ps: average)))
+
+@interpreted
+@pytest.mark.parametrize('most', [512, 2], ids=['few_chunks', 'many_chunks'])
+@pytest.mark.parametrize('name', NAMES)
+def test_attached(name, most, launches, monkeypatch):
+    "The norm of all gradients, the step, the average and cleared gradients: one launch more than without, whatever the groups"
+    monkeypatch.setattr(cuda, 'MOST', most)
+    monkeypatch.setattr(cuda, 'constants', cuda.constants.__wrapped__)
+    shapes, steps = dict(SMALL, large=(41, 125), two=(2048,)), steps_of(name)
+    def run(way, n_groups):
+        launches.clear()
+        params = make_params(shapes)
+        opt, average = build(name, split(params, n_groups), way), make_params(shapes, seed=3)
+        for gs in make_grads(tuple(shapes.values()), steps=steps):
+            set_grads(params, gs)
+            if way == 'fused': attach(opt, params, average)
+            else: norm = nn.utils.clip_grad_norm_(params, .5)
+            opt.step()
+            if way == 'fused': assert all((p.grad == 0).all() for p in params)
+            else: torch._foreach_lerp_(average, params, .1)
+        if way == 'fused': norm = torch.tensor(opt.grad_norm)
+        return dict(average=average, norm=norm, **{k: v for k,v in snapshot(opt, params).items() if k not in ('grads', 'hypers')})
+    native = run('native', 1)
+    for n_groups in (1, 3):
+        assert_same(native, run('fused', n_groups), 4*TOLERANCE['fused'])
+        stages = len(compose([clip_gradients, *picked(OPTIMIZERS[name].steppers(), frozenset())]).stages)
+        assert launches == dict(step_kernel=steps, sums_kernel=(stages - 1)*steps)
+        if name == 'Adam': assert stages == 2
+
+@interpreted
+def test_attached_to_mixed_dtypes(launches):
+    "The norm is of all gradients, whatever their types: each type is launched by itself"
+    def run(way):
+        params = [p.to(dtype) for p,dtype in zip(make_params([(5, 7)]*4), (torch.float32, torch.float64)*2)]
+        opt, average = build('Adam', params, way), [p.clone() for p in params]
+        for gs in make_grads(((5, 7),)*4, torch.float64, 3):
+            set_grads(params, [g.to(p.dtype) for g,p in zip(gs, params)])
+            if way == 'fused': attach(opt, params, average)
+            else: nn.utils.clip_grad_norm_(params, .5)
+            opt.step()
+            if way != 'fused':
+                for a,p in zip(average, params): a.lerp_(p, .1)
+        return dict(params=params, average=average)
+    native, fused = run('native'), run('fused')
+    assert launches == dict(step_kernel=6, sums_kernel=6)
+    for k in native:
+        for a,b in zip(native[k], fused[k]): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
 class Graph:
     "A CUDA graph of the interpreter: while it captures, launches are kept for later"
     def __init__(self, monkeypatch):
@@ -380,6 +436,25 @@ def test_nothing_changes_if_a_kernel_cannot_be_compiled(driver, monkeypatch):
     opt.step()
     assert Counter(o[0] for o in driver.launches) == {k: 2*v for k,v in launches_of('Lamb', 1).items()} and opt.state[params[0]]['step'] == 1
 
+@compiled
+@pytest.mark.parametrize('name', NAMES)
+def test_attached_waits_for_nothing(name, driver, monkeypatch):
+    "Clipping, averaging and clearing: two launches a step of AdamW, compiled once, and no number of a tensor is ever asked for"
+    shapes = [(3,)]*20 + [(2048,)]*600 # more chunks than programs add up a sum over the model
+    params = make_params(shapes)
+    opt, average, grads = build(name, split(params, 3), 'fused'), make_params(shapes), make_params(shapes)
+    stages = compose([clip_gradients, *picked(OPTIMIZERS[name].steppers(), frozenset())]).stages
+    def wait(*args, **kwargs): raise AssertionError("waits for a number")
+    for what in ('item', 'tolist', 'cpu', '__float__', '__bool__', '__int__', 'numpy'): monkeypatch.setattr(Tensor, what, wait)
+    for _ in range(3):
+        for p,g in zip(params, grads): p.grad = g
+        attach(opt, params, average)
+        opt.step()
+        opt.zero_grad()
+    assert Counter(o[0] for o in driver.launches) == dict(step_kernel=3, sums_kernel=3*(len(stages) - 1))
+    sums, step = (next(o[1] for o in driver.launches if o[0] == k) for k in ('sums_kernel', 'step_kernel'))
+    assert sums == (cuda.MOST, 1, 1) and step[0] > 600
+
 # --- Compiled ahead of time
 
 def every_stage():
@@ -389,6 +464,10 @@ def every_stage():
             for on in dict.fromkeys(((), spec.switches())):
                 composition = spec.composition(on, **(dict(mom=mom) if 'mom' in spec.hypers else {}))
                 for at,stage in enumerate(composition.stages): yield '-'.join((stage.name, f'mom{mom}', *on)), (composition, at)
+    for spec in OPTIMIZERS.values():
+        composition = compose([clip_gradients, *picked(spec.steppers(), frozenset()), average_weights, clear_gradients], name=spec.name)
+        for at,stage in enumerate(composition.stages): yield f'{stage.name}-attached', (composition, at)
+    yield 'look', (sums_only(scale_gradients, look_at_gradients), 0)
 
 EVERY = dict(every_stage())
 
@@ -405,7 +484,7 @@ def test_machine_code(kernel, arch, dtype):
     assert code.spilled == 0
     assert code.registers <= 96 # so that five programs fit on a multiprocessor
     read = len(composition.stages[at].tensors)
-    written = 0 if adds else known['n_tensors'] - 1
+    written = 0 if adds else known['n_tensors'] - 1 + known['clear']
     wide = 'v2.b64' if dtype == torch.float64 else 'v4.b32'
     per_thread = known['BLOCK']*dtype.itemsize//(32*cuda.WARPS*16)
     found = [len(re.findall(rf'{op}\.global\.{re.escape(wide)}', code.ptx)) for op in ('ld', 'st')]

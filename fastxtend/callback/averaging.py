@@ -11,6 +11,9 @@ import torch
 from fastai.basics import *
 from torch import Tensor, nn
 
+from .attach import attaches
+from ..optimizer.attach import Attachment, average_weights, same_objects
+
 # %% auto #0
 __all__ = ['check_count', 'AveragingCallback', 'copies', 'copy_into', 'fitted', 'EMACallback', 'batch_norms', 'update_bn',
            'SWACallback']
@@ -58,9 +61,14 @@ class AveragingCallback(Callback):
         return self.tensors
 
     @torch.no_grad()
-    def update(self):
+    def update(self,
+        done:list=(), # Parameters whose average was updated in the step
+    ):
         "Average the weights that are in the model now"
-        if self.n_averaged: torch._foreach_lerp_(list(self.average.values()), list(self.tensors.values()), self.weight())
+        if self.n_averaged:
+            done = set(map(id, done))
+            names = [n for n,t in self.tensors.items() if id(t) not in done]
+            if names: torch._foreach_lerp_([self.average[n] for n in names], [self.tensors[n] for n in names], self.weight())
         else: self.average = copies(self.tensors)
         self.n_averaged += 1
 
@@ -175,22 +183,45 @@ class EMACallback(AveragingCallback):
     ):
         if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay < 1: raise ValueError(f"`decay` is at least 0 and less than 1, not {decay!r}")
         super().__init__(**kwargs)
-        self.decay, self.stepping = decay, False
+        self.decay, self.stepping, self.handed, self.lent = decay, False, None, {}
 
     def weight(self): return 1 - self.decay
 
     def before_step(self):
         "The step is taken: no callback has cancelled it"
-        self.stepping = True
+        self.stepping, self.handed = True, None
+        if self.n_averaged and self.epoch >= self.start_epoch and self.decay > .5 and attaches(self, weights=True): self.hand_over()
+
+    def hand_over(self):
+        "Average in the step, unless another `EMACallback` does"
+        other = self.opt.attached.get('average')
+        if other is not None and other.by is not self and other.is_wanted: return
+        self.handed = self.opt.attached['average'] = Attachment(last=(average_weights,), scalars=dict(average_weight=self.weight()),
+                                                                lend=dict(average=self.lend), by=self)
+
+    def lend(self,
+        params:list, # Parameters that step
+    ) -> list|None: # Their averages, or `None` if not all of them are averaged
+        "The averages that the step updates"
+        if self.lent.get('of') is not self.average or not same_objects(self.lent['params'], params):
+            averages = {id(t): self.average[n] for n,t in self.tensors.items()}
+            found = [averages.get(id(p)) for p in params]
+            self.lent.update(of=self.average, params=params, found=None if any(o is None for o in found) else found)
+        return self.lent['found']
+
+    def take_back(self):
+        "What was handed over is not to be done later"
+        if self.handed is not None and self.opt.attached.get('average') is self.handed: del self.opt.attached['average']
 
     def after_cancel_step(self):
         "It is not, after all"
+        self.take_back()
         self.stepping = False
 
     def after_step(self):
-        "Average, if the optimizer has stepped"
-        if self.stepping and self.epoch >= self.start_epoch: self.update()
-        self.stepping = False
+        "Average what the step has not, if the optimizer has stepped"
+        if self.stepping and self.epoch >= self.start_epoch: self.update(self.lent['params'] if self.handed is not None and self.handed.taken else ())
+        self.stepping, self.handed = False, None
 
     def after_fit(self):
         "Leave the right weights in the model, and warn if the average is still mostly of the first ones"

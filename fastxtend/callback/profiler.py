@@ -38,7 +38,7 @@ def markdown_table(
     return '\n'.join([line(header), line(rule), *map(line, rows)])
 
 # %% ../../nbs/callback.profiler.ipynb #9365d4df
-OUTER, INNER = ('fit', 'epoch', 'train', 'valid'), ('draw', 'batch', 'forward', 'loss', 'backward', 'opt_step', 'zero_grad')
+OUTER, INNER = ('fit', 'epoch', 'train', 'valid'), ('draw', 'batch', 'forward', 'loss', 'backward', 'opt_step', 'zero_grad', 'optimizer')
 _WITHIN = dict(batch=INNER[2:], train=INNER, valid=INNER, epoch=INNER, fit=INNER)
 
 class Phases:
@@ -69,7 +69,7 @@ class Phases:
         "Training ends now"
         for phase in ('batch', 'train', 'valid', 'epoch', 'fit'): self.stop(phase)
 
-    def frame(self) -> pd.DataFrame: # Columns part, phase, mean_ms and std_ms (milliseconds), calls, total_s (seconds), samples_s (samples a second), and share (of `fit`, from 0 to 1)
+    def frame(self) -> pd.DataFrame: # Columns part, phase, median_ms (without the first call, if there are others), first_ms, mean_ms and std_ms (of all calls; milliseconds), calls, total_s (seconds), samples_s (samples a second), and share (of `fit`, from 0 to 1)
         "What was measured: one row a phase"
         keys = [('', 'fit'), ('', 'epoch')] + [k for p in ('train', 'valid') for k in [('', p), *((p, i) for i in INNER)]]
         return pd.DataFrame([self._row(*k) for k in keys if k in self.times], columns=_columns)
@@ -77,17 +77,17 @@ class Phases:
     def _row(self, part, phase):
         times, whole = np.array(self.times[part, phase]), sum(self.times['', 'fit'])
         total, samples = times.sum(), self.samples[part or phase] if part or phase in ('train', 'valid') else sum(self.samples.values())
-        return (part, phase, 1e3*times.mean(), 1e3*times.std(), len(times), total, samples/total if total else math.nan,
+        return (part, phase, 1e3*np.median(times[1:] if len(times) > 1 else times), 1e3*times[0], 1e3*times.mean(), 1e3*times.std(), len(times), total, samples/total if total else math.nan,
                 total/whole if whole else math.nan)
 
-_columns = ['part', 'phase', 'mean_ms', 'std_ms', 'calls', 'total_s', 'samples_s', 'share']
+_columns = ['part', 'phase', 'median_ms', 'first_ms', 'mean_ms', 'std_ms', 'calls', 'total_s', 'samples_s', 'share']
 
 # %% ../../nbs/callback.profiler.ipynb #17f3ee53
 REPORTS = ('auto', 'plain', 'notebook', 'markdown', 'none')
-_header = ['Part', 'Phase', 'Mean (ms)', 'Deviation (ms)', 'Calls', 'Total (s)', 'Samples/s', 'Share']
+_header = ['Part', 'Phase', 'Median (ms)', 'First (ms)', 'Mean (ms)', 'Calls', 'Total (s)', 'Samples/s', 'Share']
 
 def _cells(df):
-    return [[r.part, r.phase, number(r.mean_ms), number(r.std_ms), str(r.calls), number(r.total_s), number(r.samples_s), f'{100*r.share:.1f}%']
+    return [[r.part, r.phase, number(r.median_ms), number(r.first_ms), number(r.mean_ms), str(r.calls), number(r.total_s), number(r.samples_s), f'{100*r.share:.1f}%']
             for r in df.itertuples()]
 
 def profile_report(
@@ -113,7 +113,7 @@ def _show(df, kind):
 _FIRST = dict(
     before_fit=((), ('fit',)), before_epoch=((), ('epoch',)), before_train=((), ('train', 'draw')), before_validate=((), ('valid', 'draw')),
     before_batch=(('draw',), ('batch',)), after_pred=(('forward',), ()), after_loss=(('loss',), ()), after_backward=(('backward',), ()),
-    after_step=(('opt_step',), ()), after_batch=(('zero_grad',), ()))
+    before_step=((), ('optimizer',)), after_step=(('opt_step',), ()), after_batch=(('zero_grad', 'optimizer'), ()))
 _LAST = dict(
     before_batch=((), ('forward',)), after_pred=((), ('loss',)), before_backward=((), ('backward',)), before_step=((), ('opt_step',)),
     after_step=((), ('zero_grad',)), after_batch=(('batch',), ('draw',)), after_train=(('batch', 'train'), ()),
@@ -153,6 +153,7 @@ class SimpleProfilerCallback(Callback):
 
     def __call__(self, event_name):
         if event_name == 'before_fit': self.phases = Phases(self.phases.clock)
+        if event_name == 'after_cancel_batch': self.phases.started.pop('optimizer', None)  # there is no step
         self._mark(event_name, _FIRST)
         if event_name == 'before_batch' and 'fit' in self.phases.started: self.phases.samples[self.phases.part] += _batch_size(self.learn.xb)
 

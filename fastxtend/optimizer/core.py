@@ -16,14 +16,15 @@ from itertools import repeat
 from operator import is_
 from torch import Tensor
 
+from .attach import Attachment, same_objects, sums_only
 from .batch import Batch, as_number, check_batch, check_params, check_tensors, copy_like, describe, fields_of, lay_out, shards
 from .plan import Engine, Plan, Ran, look, make_plan, run
 from .probe import STRIDES, Probe, is_sharded, sharing_memory
-from .steppers import Composition, picked, switches
+from .steppers import Composition, compose, picked, switches
 from .table import FACTS, OPTIMIZERS, OptimizerSpec, known_slots, slots_of
 
 # %% auto #0
-__all__ = ['FLOAT32', 'SETS', 'distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'LookaheadMixin']
+__all__ = ['FLOAT32', 'SETS', 'distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'zero_tensors', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -52,8 +53,6 @@ def facts_in(
     "Names of the `FACTS` it asks for"
     return tuple(n for n in FACTS if n in composition.hypers)
 
-def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
-
 @dataclass(eq=False)
 class Layout:
     "What follows from groups, state and which parameters have gradients"
@@ -78,7 +77,7 @@ class Layout:
         return cls(lists, (list(state), list(state.values())), there, params, groups, states, repeats(params))
 
     def holds(self, lists, state, there):
-        return self.there == there and len(lists) == len(self.lists) and all(map(_same, lists, self.lists)) and _same(list(state), self.known[0]) and _same(list(state.values()), self.known[1])
+        return self.there == there and len(lists) == len(self.lists) and all(map(same_objects, lists, self.lists)) and same_objects(list(state), self.known[0]) and same_objects(list(state.values()), self.known[1])
 
     def rows(self,
         counters:dict, # Name of each counter to its first value
@@ -104,7 +103,9 @@ class Layout:
 # %% ../../nbs/optimizer.core.ipynb #045b34ba
 class FastOptimizer(Optimizer):
     "A fastai `Optimizer` that steps all groups together"
-    _transient = '_layouts', '_layout', '_plans', '_compositions', '_ran', 'engine'
+    _transient = '_layouts', '_layout', '_plans', '_compositions', '_ran', '_cleared', 'attached', 'known', 'sums', 'engine'
+    takes_attachments = False # Is there anything to be gained from an `Attachment`?
+    set_to_none = False # Does `zero_grad` leave no gradients, instead of zeros?
     def __init__(self,
         params:Tensor|Iterable, # Model parameters or parameter groups
         spec:OptimizerSpec, # What to run
@@ -125,8 +126,9 @@ class FastOptimizer(Optimizer):
         if k not in getattr(getattr(self, 'spec', None), 'fixed', ()): super().set_hyper(k, v)
 
     def forget(self):
-        "What can be found again: compositions, layouts and plans"
+        "What can be found again: compositions, layout and plans; and what belongs to one step: attachments, and sums over the model"
         self._layouts, self._layout, self._plans, self._compositions, self._ran = {}, None, {}, {}, None
+        self.attached, self.known, self.sums, self._cleared = {}, {}, {}, None
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in self._transient}
     def __setstate__(self, state):
@@ -155,9 +157,19 @@ def composition(self:FastOptimizer,
     "The steppers of this step, joined"
     if 'switches' not in self._compositions: self._compositions['switches'] = switches(self.steppers)
     on = tuple([n for n in self._compositions['switches'] if n in lent or any(as_number(n, h.get(n, 0)) for h in self.hypers)])
-    if on not in self._compositions:
-        self._compositions[on] = self.spec.composition(on, decouple_wd=self.decouple_wd, **{**self.arguments, **self.options})
-    return self._compositions[on]
+    key = on, *((n, a.first, a.last) for n,a in self.attached.items())
+    if key not in self._compositions: self._compositions[key] = self.composed(on)
+    return self._compositions[key]
+
+@patch
+def composed(self:FastOptimizer,
+    on:tuple, # Names of the switches that are on
+) -> Composition:
+    "The steppers, joined, between those of attachments"
+    attached = self.attached.values()
+    if not attached: return self.spec.composition(on, decouple_wd=self.decouple_wd, **{**self.arguments, **self.options})
+    steppers = [*(s for a in attached for s in a.first), *picked(self.steppers, frozenset(on)), *(s for a in attached for s in a.last)]
+    return compose(steppers, self.spec.given.union(*(a.scalars for a in attached)), self.spec.name, (*on, *self.attached))
 
 @patch
 def row(self:FastOptimizer,
@@ -169,7 +181,8 @@ def row(self:FastOptimizer,
     *counts, # Last values of the counters
 ) -> dict:
     "The scalars of a parameter"
-    given = {**self.options, **self.hypers[group], 'do_wd': do_wd, **dict(zip(facts_in(composition), facts))}
+    attached = {k: v for a in self.attached.values() for k,v in a.scalars.items()}
+    given = {**self.options, **attached, **self.hypers[group], 'do_wd': do_wd, **dict(zip(facts_in(composition), facts))}
     row = {n: as_number(n, given[n]) for n in composition.hypers}
     for n,x in row.items():
         if not -FLOAT32 <= x <= FLOAT32: self.check_range(group, n, x)
@@ -204,17 +217,24 @@ def recall(self:FastOptimizer,
     if len(self._layouts) > SETS: del self._layouts[next(iter(self._layouts))]
 
 @patch
-def gather(self:FastOptimizer,
-    **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
-) -> Batch:
-    "Everything that steps now: what has a gradient, except what `freeze_to` froze"
+def stepping(self:FastOptimizer) -> tuple[Layout, list]: # What is known of them, and their gradients
+    "The parameters that step now: those with a gradient, except what `freeze_to` froze"
     lists = [list(pg) if i >= self.frozen_idx else [p for p in pg if p.requires_grad] for i,pg in enumerate(self.param_lists)]
     grads, there = [p.grad for pg in lists for p in pg], None
     if any(map(is_, grads, repeat(None))):
         there = [i for i,g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in there]
     self.recall(lists, there)
-    layout, composition = self._layout, self.composition(tuple(lent))
+    return self._layout, grads
+
+@patch
+def gather(self:FastOptimizer,
+    **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
+) -> Batch:
+    "Everything that steps now"
+    layout, grads = self.stepping()
+    if self.attached: lent = {**lent, **self.lent_by_attached(layout.params)}
+    composition = self.composition(tuple(lent))
     rows = [self.row(composition, *key) for key in layout.rows(composition.counters, facts_in(composition))]
     slots = {n: lent[n] if n in lent else [s.get(n) for s in layout.states] for n in composition.slots}
     return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition)
@@ -270,17 +290,38 @@ def take_step(self:FastOptimizer,
     seen:Probe, # What is known of it
 ):
     "Step `batch`, then count the step"
-    run(plan, batch, seen)
-    self._ran = plan
+    self.sums, self._ran = {**self.known, **run(plan, batch, seen)}, plan
+    for a in self.attached.values(): a.taken = True
+    if batch.composition.step.clears: self._cleared = batch.grads, [g._version for g in batch.grads]
     self.count_step(batch)
+
+@patch
+def ready(self:FastOptimizer,
+    **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
+) -> tuple[Plan, Batch, Probe]|None: # `None` if nothing steps
+    "Gather and plan; what is attached is part of it, if all of it is kernels"
+    self.attached = {n: a for n,a in self.attached.items() if a.is_wanted}
+    batch = self.gather(**lent)
+    if not len(batch): return None
+    planned = self.plan(batch)
+    if not self.attached or planned[0].is_all_kernels: return planned
+    self.set_apart(self.attached)
+    return self.plan(self.gather(**lent))
 
 @patch
 def step(self:FastOptimizer, closure=None):
     "Step everything that has a gradient and is not frozen. `NotImplementedError` with a `closure`"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-    with torch.no_grad():
-        batch = self.gather()
-        if len(batch): self.take_step(*self.plan(batch))
+    self._cleared = None
+    try:
+        with torch.no_grad(): self.step_all()
+    finally: self.attached, self.known = {}, {}
+
+@patch
+def step_all(self:FastOptimizer):
+    "Step everything that has a gradient and is not frozen"
+    planned = self.ready()
+    if planned: self.take_step(*planned)
 
 @patch
 def backend_report(self:FastOptimizer) -> L: # `Ran` of each parameter
@@ -289,6 +330,71 @@ def backend_report(self:FastOptimizer) -> L: # `Ran` of each parameter
     if plan is None: return L()
     place = {id(p): (i,j) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)}
     return L(Ran(*place[id(p)], describe(p), *plan.ran(i)) for i,p in enumerate(plan.params))
+
+# %% ../../nbs/optimizer.core.ipynb #b6c9d58a
+@patch
+def set_apart(self:FastOptimizer,
+    names:Iterable[str], # Of attachments
+):
+    "Do what these would do to gradients now, and leave them out of the step"
+    names = set(names)
+    if any(self.attached[n].first for n in names): names |= {n for n,a in self.attached.items() if a.first}
+    for n in [n for n in self.attached if n in names]: self.attached.pop(n).apart()
+
+@patch
+def lent_by_attached(self:FastOptimizer,
+    params:list, # Those that step
+) -> dict: # Name of each slot to a tensor for each parameter
+    "What attachments lend; those that do not suit are set apart"
+    lent = {n: a.lent(params) for n,a in self.attached.items()}
+    self.set_apart([n for n,o in lent.items() if o is None])
+    return {k: ts for n in self.attached for k,ts in lent[n].items()}
+
+@patch
+def look_over(self:FastOptimizer,
+    *steppers, # What to do to gradients, and what to add up over the model
+    **scalars:float, # What they take
+) -> dict|None: # Name to a number, or to a tensor of numbers whose sum it is; `None` if no kernels can do it, or if not all gradients step
+    "Sums over all gradients that are about to step. Nothing is changed"
+    layout, grads = self.stepping()
+    if not grads or len(grads) != sum(p.grad is not None for pg in self.param_lists for p in pg): return None
+    composition = sums_only(*steppers)
+    plan, batch, seen = self.plan(Batch(layout.params, grads, layout.states, np.zeros(len(grads), np.int64), [composition.fold(dict(scalars))], {}, composition))
+    return run(plan, batch, seen) if plan.is_all_kernels else None
+
+@patch(as_prop=True)
+def grad_norm(self:FastOptimizer) -> float|None: # `None` if it is not known, for nobody clipped
+    "Norm of all gradients of the last step before they were clipped. To read it is to wait for it"
+    total, norm = self.sums.get('grad_sqr'), self.sums.get('grad_norm')
+    if total is not None: return math.sqrt(float(total.sum() if isinstance(total, Tensor) else total))
+    return norm if norm is None else float(norm)
+
+# %% ../../nbs/optimizer.core.ipynb #dd8bf3de
+def zero_tensors(
+    ts:list, # Gradients
+):
+    "Zero them in place, in one call for each device and dtype"
+    plain = defaultdict(list)
+    for t in ts:
+        if t.requires_grad: t.detach_()
+        if type(t) is Tensor and t.layout is torch.strided: plain[t.device, t.dtype].append(t)
+        else: t.zero_()
+    for group in plain.values(): torch._foreach_zero_(group)
+
+@patch
+def zero_grad(self:FastOptimizer,
+    set_to_none:bool=None, # Leave no gradients, instead of zeros? If not given, as `opt.set_to_none` says
+):
+    "Zero all gradients in place"
+    params, cleared, self._cleared = [p for pg in self.param_lists for p in pg], self._cleared, None
+    if self.set_to_none if set_to_none is None else set_to_none:
+        for p in params: p.grad = None
+        return
+    grads = [g for p in params if (g := p.grad) is not None]
+    if cleared and [g._version for g in cleared[0]] == cleared[1]:
+        done = set(map(id, cleared[0]))
+        grads = [g for g in grads if id(g) not in done]
+    zero_tensors(grads)
 
 # %% ../../nbs/optimizer.core.ipynb #4a9cfda8
 @patch
@@ -353,9 +459,7 @@ class LookaheadMixin:
 
     def _init_state(self): self.count, self.slow_weights = 0, None
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
+    def step_all(self):
         first = self.slow_weights is None
         if first: self.slow_weights = L(L(p.detach().clone() for p in pg) for pg in self.param_lists)
         try: left = self.step_with(self.slow_pairs() if (self.count+1) % self.k == 0 else [])
@@ -370,10 +474,9 @@ class LookaheadMixin:
     ) -> list: # Those that have not
         "Step everything that has a gradient"
         lent = dict(slow_weights=[slow for fast,slow in pairs if fast.grad is not None]) if pairs else {}
-        batch = self.gather(**lent)
-        if not len(batch): return pairs
-        planned, left = self.plan(batch), [(fast, slow) for fast,slow in pairs if fast.grad is None]
-        if pairs and (planned[0].tangled or left and sharing_memory([fast for fast,_ in pairs])): planned = self.plan(self.gather())
+        planned, left = self.ready(**lent), [(fast, slow) for fast,slow in pairs if fast.grad is None]
+        if planned is None: return pairs
+        if pairs and (planned[0].tangled or left and sharing_memory([fast for fast,_ in pairs])): planned = self.ready()
         else: pairs = left
         self.take_step(*planned)
         return pairs

@@ -132,7 +132,7 @@ def chunk_source(
         loads='\n'.join(f'{x} = load_{k}(_{x}[_i])' for x,k in at.items()),
         lines='\n'.join(with_numbers_in(l) for l in stage.lines))
     if not stage.sums:
-        parts.update(stores='\n'.join(f'_{x}[_i] = save_{tensors.index(x)}({x})' for x in stage.gives))
+        parts.update(stores='\n'.join([f'_{x}[_i] = save_{tensors.index(x)}({x})' for x in stage.gives] + ['_g[_i] = save_1(zero)']*stage.clears))
         return _step_source.format(**{k: block(v, 4 if k == 'arrays' else 8) if k in ('arrays', 'loads', 'lines', 'stores') else v for k,v in parts.items()})
     sums = stage.gives
     parts.update(

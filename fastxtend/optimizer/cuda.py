@@ -105,9 +105,9 @@ def _load_all(table, n:tl.constexpr):
     return values
 
 @triton.jit
-def _find_chunk(entries, owners, n_tensors:tl.constexpr):
-    "This program's parameter: its entry in `entries`, its size, chunk length, first chunk and row, and whether all its tensors are aligned"
-    param = entries + tl.load(owners + tl.program_id(0))*(n_tensors + 5)
+def _find_chunk(entries, owners, chunk, n_tensors:tl.constexpr):
+    "The parameter of a chunk: its entry in `entries`, its size, chunk length, first chunk and row, and whether all its tensors are aligned"
+    param = entries + tl.load(owners + chunk)*(n_tensors + 5)
     size, length, first, row = _load_all(param + n_tensors, 4)
     bits = tl.load(param)
     for i in tl.static_range(1, n_tensors): bits = bits | tl.load(param + i)
@@ -138,29 +138,29 @@ def _load_block(pointers, mask, n:tl.constexpr, compute:tl.constexpr):
 # %% ../../nbs/optimizer.cuda.ipynb #c641f914
 @triton.jit
 def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, dtype:tl.constexpr, compute:tl.constexpr,
-                BLOCK:tl.constexpr, masked:tl.constexpr):
+                BLOCK:tl.constexpr, masked:tl.constexpr, clear:tl.constexpr):
     "Run `stage` on a block"
     mask = _inside(at, size, BLOCK) if masked else None
     pointers = _pointers(param, at, n, dtype, BLOCK, masked)
     new = stage(*_load_block(pointers, mask, n, compute), *scalars)
     tl.store(pointers[0], new[0].to(dtype), mask=mask)
     for i in tl.static_range(2, n): tl.store(pointers[i], new[i-1].to(dtype), mask=mask)
+    if clear: tl.store(pointers[1], tl.zeros((BLOCK,), dtype), mask=mask)
 
 @triton.jit
 def _step_either(param, at, size, aligned, scalars, stage:tl.constexpr, n:tl.constexpr, dtype:tl.constexpr, compute:tl.constexpr,
-                 BLOCK:tl.constexpr):
-    if aligned & (at + BLOCK <= size): _step_block(param, at, size, scalars, stage, n, dtype, compute, BLOCK, masked=False)
-    else: _step_block(param, at, size, scalars, stage, n, dtype, compute, BLOCK, masked=True)
+                 BLOCK:tl.constexpr, clear:tl.constexpr):
+    if aligned & (at + BLOCK <= size): _step_block(param, at, size, scalars, stage, n, dtype, compute, BLOCK, False, clear)
+    else: _step_block(param, at, size, scalars, stage, n, dtype, compute, BLOCK, True, clear)
 
 @triton.jit
-def _sums(partials, totals, first, count, n:tl.constexpr, models:tl.constexpr, MOST:tl.constexpr):
-    "The first `n` sums: those of the parameter from its chunks, and those over the model (the bits of `models`) as they are"
+def _sums(partials, totals, first, count, n_chunks, n:tl.constexpr, models:tl.constexpr, MOST:tl.constexpr):
+    "The first `n` sums: those of the parameter from its chunks, and those over the model (the bits of `models`) from what each program found"
     values = ()
     for i in tl.static_range(n):
-        if (models >> i) & 1: values = values + (tl.load(totals + i),)
-        else:
-            nth = tl.arange(0, MOST)
-            values = values + (tl.sum(tl.load(partials + i*tl.num_programs(0) + first + nth, mask=nth < count, other=0.)),)
+        nth = tl.arange(0, MOST)
+        if (models >> i) & 1: values = values + (tl.sum(tl.load(totals + i*MOST + nth)),)
+        else: values = values + (tl.sum(tl.load(partials + i*n_chunks + first + nth, mask=nth < count, other=0.)),)
     return values
 
 @triton.jit(do_not_specialize_on_alignment=['entries', 'owners', 'rows', 'partials', 'totals', 'kept'])
@@ -169,7 +169,7 @@ def step_kernel(
     owners, # Parameter of each chunk: (chunks,) of int32
     rows, # Scalars: (rows, `n_row`) of float32, or of float64 for float64 parameters
     partials, # What `sums_kernel` added up: (sums, chunks) of the dtype of `rows`, or `None` if there are no sums
-    totals, # Sums over the model: (sums,) of the dtype of `rows`, or `None`
+    totals, # Sums over the model: (sums, `MOST`) of the dtype of `rows`, or `None`
     kept, # Where to leave the scalars that are kept, at the position of the parameter: (all parameters, late scalars), or `None`
     stage:tl.constexpr, # What to do
     late:tl.constexpr, # What follows from sums, or `None`
@@ -178,23 +178,24 @@ def step_kernel(
     n_sums:tl.constexpr, # Sums
     models:tl.constexpr, # Which of them are over the model, as bits
     keep:tl.constexpr, # Which of what follows from sums is kept, as bits
+    clear:tl.constexpr, # Zero the gradients?
     dtype:tl.constexpr, # Of the tensors
     compute:tl.constexpr, # What steppers compute in
     BLOCK:tl.constexpr, # Elements of a block
     MOST:tl.constexpr, # Most chunks of a parameter if there are sums
 ):
     "Run the last stage on one chunk of one parameter"
-    param, size, length, first, row, aligned = _find_chunk(entries, owners, n_tensors)
+    param, size, length, first, row, aligned = _find_chunk(entries, owners, tl.program_id(0), n_tensors)
     start = (tl.program_id(0) - first)*length
     scalars = _load_all(rows + row*n_row, n_row)
-    if late is None: _step_either(param, start, size, aligned, scalars, stage, n_tensors, dtype, compute, BLOCK)
+    if late is None: _step_either(param, start, size, aligned, scalars, stage, n_tensors, dtype, compute, BLOCK, clear)
     else:
-        values = late(*_sums(partials, totals, first, tl.cdiv(size, length), n_sums, models, MOST), *scalars)
+        values = late(*_sums(partials, totals, first, tl.cdiv(size, length), tl.num_programs(0), n_sums, models, MOST), *scalars)
         if keep:
             if tl.program_id(0) == first: _keep(kept, tl.load(param + n_tensors + 4), values, keep)
         scalars = scalars + values
         for at in tl.range(start, tl.minimum(start + length, size), BLOCK, disable_licm=True):
-            _step_either(param, at, size, aligned, scalars, stage, n_tensors, dtype, compute, BLOCK)
+            _step_either(param, at, size, aligned, scalars, stage, n_tensors, dtype, compute, BLOCK, clear)
 
 @triton.jit
 def _keep(kept, position, values, keep:tl.constexpr):
@@ -219,11 +220,34 @@ def _add_each(a, b, n:tl.constexpr):
     for i in tl.static_range(n): res = res + (a[i] + b[i],)
     return res
 
-@triton.jit(do_not_specialize_on_alignment=['entries', 'owners', 'rows', 'partials', 'totals'])
+@triton.jit
+def _sum_chunk(entries, owners, rows, partials, totals, chunk, n_chunks, stage:tl.constexpr, late:tl.constexpr, n_tensors:tl.constexpr, n_read:tl.constexpr,
+               n_row:tl.constexpr, n_sums:tl.constexpr, n_own:tl.constexpr, models:tl.constexpr, dtype:tl.constexpr, compute:tl.constexpr,
+               BLOCK:tl.constexpr, MOST:tl.constexpr):
+    "Add up what `stage` gives over one chunk, in blocks"
+    param, size, length, first, row, aligned = _find_chunk(entries, owners, chunk, n_tensors)
+    start = (chunk - first)*length
+    scalars = _load_all(rows + row*n_row, n_row)
+    if late is not None: scalars = scalars + late(*_sums(partials, totals, first, tl.cdiv(size, length), n_chunks, n_sums, models, MOST), *scalars)
+    added = ()
+    for i in tl.static_range(n_own): added = added + (tl.zeros((BLOCK,), compute),)
+    for at in tl.range(start, tl.minimum(start + length, size), BLOCK, disable_licm=True):
+        if aligned & (at + BLOCK <= size): terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtype, compute, BLOCK, masked=False)
+        else: terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtype, compute, BLOCK, masked=True)
+        added = _add_each(added, terms, n_own)
+    return added
+
+@triton.jit
+def _leave_sums(partials, chunk, n_chunks, added, n_sums:tl.constexpr, n_own:tl.constexpr):
+    "Store what was added up over a chunk"
+    for i in tl.static_range(n_own): tl.store(partials + (n_sums + i)*n_chunks + chunk, tl.sum(added[i]))
+
+@triton.jit(do_not_specialize=['n_chunks'], do_not_specialize_on_alignment=['entries', 'owners', 'rows', 'partials', 'totals'])
 def sums_kernel(
     entries, owners, rows, # As in `step_kernel`
-    partials, # Where to leave the sums: (sums, chunks) of the dtype of `rows`
-    totals, # Sums over the model, of stages before
+    partials, # Where to leave the sums over tensors: (sums, chunks) of the dtype of `rows`
+    totals, # Where to leave those over the model: (sums, `MOST`) of the dtype of `rows`, or `None`
+    n_chunks, # How many chunks there are
     stage:tl.constexpr, # What to add up
     late:tl.constexpr, # What follows from sums of stages before, or `None`
     n_tensors:tl.constexpr, # Tensors of a parameter, with its gradient
@@ -231,24 +255,27 @@ def sums_kernel(
     n_row:tl.constexpr, # Scalars in a row
     n_sums:tl.constexpr, # Sums of stages before
     n_own:tl.constexpr, # Sums of this one
-    models:tl.constexpr, # Which are over the model, as bits
+    models:tl.constexpr, # Which of all are over the model, as bits
     dtype:tl.constexpr, # Of the tensors
     compute:tl.constexpr, # What steppers compute in
     BLOCK:tl.constexpr, # Elements of a block
     MOST:tl.constexpr, # Most chunks of a parameter
 ):
-    "Add up what `stage` gives, over one chunk of one parameter"
-    param, size, length, first, row, aligned = _find_chunk(entries, owners, n_tensors)
-    start = (tl.program_id(0) - first)*length
-    scalars = _load_all(rows + row*n_row, n_row)
-    if late is not None: scalars = scalars + late(*_sums(partials, totals, first, tl.cdiv(size, length), n_sums, models, MOST), *scalars)
-    added = ()
-    for i in tl.static_range(n_own): added = added + (tl.zeros((BLOCK,), compute),)
-    for at in tl.range(start, tl.minimum(start + length, size), BLOCK, disable_licm=True):
-        if aligned & (at + BLOCK <= size): terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtype, compute, BLOCK, masked=False)
-        else: terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtype, compute, BLOCK, masked=True)
-        added = _add_each(added, terms, n_own)
-    for i in tl.static_range(n_own): tl.store(partials + (n_sums + i)*tl.num_programs(0) + tl.program_id(0), tl.sum(added[i]))
+    "Add up what `stage` gives: over one chunk of one parameter, or, if there are sums over the model, over every `MOST`th chunk"
+    if (models >> n_sums) == 0:
+        added = _sum_chunk(entries, owners, rows, partials, totals, tl.program_id(0), n_chunks, stage, late, n_tensors, n_read, n_row, n_sums, n_own, models,
+                           dtype, compute, BLOCK, MOST)
+        _leave_sums(partials, tl.program_id(0), n_chunks, added, n_sums, n_own)
+    else:
+        found = ()
+        for i in tl.static_range(n_own): found = found + (tl.zeros((BLOCK,), compute),)
+        for chunk in tl.range(tl.program_id(0), n_chunks, MOST):
+            added = _sum_chunk(entries, owners, rows, partials, totals, chunk, n_chunks, stage, late, n_tensors, n_read, n_row, n_sums, n_own, models,
+                               dtype, compute, BLOCK, MOST)
+            if ((models >> n_sums) + 1) >> n_own == 0: _leave_sums(partials, chunk, n_chunks, added, n_sums, n_own) # some are over tensors
+            found = _add_each(found, added, n_own)
+        for i in tl.static_range(n_own):
+            if (models >> (n_sums + i)) & 1: tl.store(totals + (n_sums + i)*MOST + tl.program_id(0), tl.sum(found[i]))
 
 # %% ../../nbs/optimizer.cuda.ipynb #f106700c
 WARPS, MOST = 4, 512
@@ -277,9 +304,9 @@ def constants(
     fmt, stage, before = FORMATS[dtype], composition.stages[at], sums_before(composition, at)
     f, n_read = triton_stage(composition, at)
     common = dict(stage=f, late=triton_late(composition, at), n_tensors=2 + len(composition.slots), n_row=len(composition.row), n_sums=len(before),
-                  models=_bits(composition.sums[n].over == 'model' for n in before), dtype=_named(tl, dtype), compute=_named(tl, fmt.compute),
+                  models=_bits(composition.sums[n].over == 'model' for n in (*before, *stage.sums)), dtype=_named(tl, dtype), compute=_named(tl, fmt.compute),
                   BLOCK=fmt.block, MOST=MOST)
-    return {**common, **(dict(n_read=n_read, n_own=len(stage.gives)) if stage.sums else dict(keep=_bits(f.keep for f in stage.late)))}
+    return {**common, **(dict(n_read=n_read, n_own=len(stage.gives)) if stage.sums else dict(keep=_bits(f.keep for f in stage.late), clear=stage.clears))}
 
 # %% ../../nbs/optimizer.cuda.ipynb #2f20148a
 def make_chunks(
@@ -359,7 +386,7 @@ class Tables:
         self.chunks, owners = make_chunks(self.sizes, fmt.block, MOST if n else None)
         self.owners = torch.empty(len(owners), dtype=torch.int32, device=self.device)
         self.partials = torch.empty((n, len(owners)), dtype=fmt.compute, device=self.device) if n else None
-        self.totals = torch.zeros(n, dtype=fmt.compute, device=self.device) if any(s.over == 'model' for s in composition.sums.values()) else None
+        self.totals = torch.zeros((n, MOST), dtype=fmt.compute, device=self.device) if any(s.over == 'model' for s in composition.sums.values()) else None
         self.kept = torch.empty((self.n_all, len(composition.step.late)), dtype=fmt.dtype, device=self.device) if composition.kept else None
         upload(owners, self.owners)
 
@@ -407,25 +434,31 @@ class TritonWork(Work):
 
     def call(self,
         stage:Stage, # To run
-    ) -> tuple: # Kernel, arguments, and what is given by name
+    ) -> tuple: # Kernel, grid, arguments, and what is given by name
         "What is to be launched"
-        tables = self.tables
+        tables, n_chunks = self.tables, len(self.tables.owners)
         args, given = (self.entries, tables.owners, self.rows, tables.partials, tables.totals), {**self.constants[stage], **OPTIONS}
-        return (sums_kernel, args, given) if stage.sums else (step_kernel, (*args, tables.kept), given)
+        if not stage.sums: return step_kernel, (n_chunks,), (*args, tables.kept), given
+        adds_up = any(s.over == 'model' for s in stage.sums.values())
+        return sums_kernel, (min(n_chunks, MOST) if adds_up else n_chunks,), (*args, n_chunks), given
 
     def compile(self):
         "Everything that will be launched: if something cannot be compiled here, nothing has been changed yet"
         with self.on_device():
-            for kernel,args,given in map(self.call, self.batch.composition.stages):
+            for kernel,_,args,given in map(self.call, self.batch.composition.stages):
                 getattr(kernel.warmup(*args, grid=(1,), **given), 'run', None) # makes the launcher
 
     def run(self, stage):
-        kernel, args, given = self.call(stage)
-        with self.on_device(): kernel[(len(self.tables.owners),)](*args, **given)
+        kernel, grid, args, given = self.call(stage)
+        with self.on_device(): kernel[grid](*args, **given)
 
     def place(self, name): return sums_before(self.batch.composition, len(self.batch.composition.stages)).index(name)
-    def total(self, name): return self.tables.partials[self.place(name)].sum()
-    def receive(self, name, total): self.tables.totals[self.place(name)].copy_(torch.as_tensor(total))
+    def total(self, name): return self.tables.totals[self.place(name)].sum()
+    def alone(self, name): return self.tables.totals[self.place(name)] # the kernels of later stages add it up
+    def receive(self, name, total):
+        totals = self.tables.totals[self.place(name)]
+        totals.zero_()
+        totals[0].copy_(torch.as_tensor(total))
 
     def keep(self):
         for k,fold in enumerate(self.batch.composition.step.late):
@@ -453,7 +486,7 @@ def compile_ahead(
     if not constants['models']: constants = dict(constants, totals=None)
     if not constants.get('keep'): constants = dict(constants, kept=None)
     compute = constants['compute']
-    types = dict(entries='*i64', owners='*i32', rows=f'*{compute}', partials=f'*{compute}', totals=f'*{compute}', kept=f"*{constants['dtype']}")
+    types = dict(entries='*i64', owners='*i32', n_chunks='i32', rows=f'*{compute}', partials=f'*{compute}', totals=f'*{compute}', kept=f"*{constants['dtype']}")
     constants = {n: v for n,v in constants.items() if n in kernel.arg_names}
     source = ASTSource(kernel, {n: 'constexpr' if n in constants else types[n] for n in kernel.arg_names}, constants)
     log = io.StringIO()

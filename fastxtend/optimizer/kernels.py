@@ -52,6 +52,8 @@ class FusedOptimizer(FastOptimizer):
         super().__init__(params, spec, decouple_wd, **defaults)
         check_numba(concat(*self.param_lists))
 
+    takes_attachments = True
+
     @cached_property
     def engine(self): return ListEngine(self.spec.foreach, widen=True)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from warnings import warn
 
 import numpy as np, torch
@@ -62,6 +62,14 @@ class Work:
     ):
         "Take the sum over all parts"
         raise NotImplementedError
+
+    def alone(self,
+        name:str, # A sum over the model that the last stage added up
+    ): # A number, or a tensor of numbers whose sum it is
+        "Take the own contribution: there is no other part"
+        total = self.total(name)
+        self.receive(name, total)
+        return total
 
     def keep(self):
         "After the step: leave kept scalars in the state"
@@ -133,6 +141,9 @@ class Plan:
     tangled:list # Positions of parameters that share memory, and step one by one
     parts:list # `Part`s, in order
 
+    @cached_property
+    def is_all_kernels(self): "Is everything stepped together, in kernels?"; return not self.tangled and all(part.engine.has_kernels for part in self.parts)
+
     def holds(self,
         seen:Probe, # What is known now
     ) -> bool:
@@ -166,7 +177,7 @@ def find_tangled(
     odd:list, # Memory of all others
 ) -> list[int]: # Positions
     "Which parameters share memory with another, or with its gradient or state"
-    if written.apart and not written.meet(seen) and not _overlap(odd, written, seen): return []
+    if written.apart and (batch.composition.step.clears or not written.meet(seen)) and not _overlap(odd, written, seen): return []
     return sharing_memory(*batch.tensors())
 
 def _overlap(odd, written, seen):
@@ -187,8 +198,9 @@ def make_plan(
     odd = odd_extents(batch, seen)
     if last is not None and last.odd == odd and last.seen == seen: return last
     alike = last is not None and last.odd == odd and np.array_equal(last.seen.kinds, seen.kinds)
-    still = alike and np.array_equal(np.delete(last.seen.addresses, 1, 1), np.delete(seen.addresses, 1, 1))
-    written = last.written if still else Extents.of(seen)
+    clears = batch.composition.step.clears
+    still = alike and not clears and np.array_equal(np.delete(last.seen.addresses, 1, 1), np.delete(seen.addresses, 1, 1))
+    written = last.written if still else Extents.of(seen, clears)
     tangled = find_tangled(batch, seen, written, odd)
     parts = last.parts if alike and tangled == last.tangled else _parts(batch, seen, kernels, lists, tangled)
     return Plan(params, seen, written, odd, tangled, parts)
@@ -212,24 +224,27 @@ def run(
     plan:Plan, # What runs where
     batch:Batch, # What steps
     seen:Probe, # What is known of it
-):
+) -> dict: # Sums over the model: a number, or a tensor of numbers whose sum it is
     "One step"
-    works = [part.engine.begin(part, batch, seen) for part in plan.parts]
+    works, sums = [part.engine.begin(part, batch, seen) for part in plan.parts], {}
     for stage in batch.composition.stages:
         for work in works: work.run(stage)
         for name,summed in stage.sums.items():
-            if summed.over == 'model': share(works, name)
+            if summed.over == 'model': sums[name] = share(works, name)
     for work in works: work.keep()
+    return sums
 
 def share(
     works:list, # All parts of a step
     name:str, # A sum over the model
-):
+): # A number, or a tensor of numbers whose sum it is
     "Give each part the sum over all of them"
+    if len(works) == 1: return works[0].alone(name)
     totals = [w.total(name) for w in works]
     total = totals[0]
     for t in totals[1:]: total = total + (t.to(total.device) if isinstance(t, Tensor) and isinstance(total, Tensor) else t)
     for w in works: w.receive(name, total)
+    return total
 
 # %% ../../nbs/optimizer.plan.ipynb #d11a5f35
 @dataclass

@@ -132,9 +132,10 @@ class Extents:
     @classmethod
     def of(cls,
         res:Probe, # Of what is about to be stepped
+        grads:bool=False, # Are gradients written too?
     ) -> Extents:
         "Memory of parameters and slots"
-        columns = [k for k in range(res.n_tensors) if k != 1]
+        columns = [k for k in range(res.n_tensors) if grads or k != 1]
         starts = res.addresses[:, columns]
         ends = (starts + res.sizes[:, None]*ITEMSIZES[res.dtypes[:, columns]]).ravel()
         starts = starts.ravel()

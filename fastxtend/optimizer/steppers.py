@@ -91,11 +91,11 @@ class Declaration:
     "What a stepper declares"
     gives:tuple # Names of what it gives back, in order
     names:dict # What the names it brings are
-    role:str=None # `decay`, `update` or `apply`, for those who look for a place in a list of steppers
+    role:str=None # `decay`, `update` or `apply`, for those who look for a place in a list of steppers; `clear` if gradients are zeroed where they are
 
 def stepper(
     gives:str, # Names of what it gives back, in order, with spaces between: `p`, `g`, slots, or intermediates
-    role:str=None, # `decay`, `update` or `apply`, for those who look for a place in a list of steppers
+    role:str=None, # `decay`, `update` or `apply`, for those who look for a place in a list of steppers; `clear` if gradients are zeroed where they are
     **names, # What the names it brings are: `slot()`, `counter()`, `folded()` or `summed()`
 ) -> Callable:
     "Decorates a function of numbers: a part of an optimizer"
@@ -286,6 +286,7 @@ class Stage:
     gives:tuple # Names of what it gives back: tensors, or what is to be summed
     late:tuple # `Fold`s from sums of earlier stages that it needs, in order
     sums:dict # If it only adds up: name to `Summed`
+    clears:bool=False # Does it leave zeros where the gradients are?
 
     @property
     def functions(self): "The steppers by name"; return {l.called: l.f for l in self.lines if l.f}
@@ -428,6 +429,7 @@ def _check_names(uses, what):
 
 def _compose(uses, given, name, on):
     names = _declared(uses, name)
+    clears, uses = any(u.f.declares.role == 'clear' for u in uses), [u for u in uses if u.f.declares.role != 'clear']
     lines, level = _lines(uses, names, given, name)
     folds = {n: o for n,o in names.items() if isinstance(o, Fold)}
     for n,o in folds.items():
@@ -437,12 +439,12 @@ def _compose(uses, given, name, on):
     slots, sums = ({n: o for n,o in names.items() if isinstance(o, kind)} for kind in (Slot, Summed))
     order = _ordered(folds, name)
     late = {n: folds[n] for n in order if level.get(n, 0) > 0}
-    stages = tuple(_stage(name, lines, level, slots, sums, late, at) for at in range(1 + max([0, *(level[n] for n in sums)])))
+    stages = tuple(_stage(name, lines, level, slots, sums, late, at, clears) for at in range(1 + max([0, *(level[n] for n in sums)])))
     needed = {i for s in stages for i in (*s.scalars, *(i for f in s.late for i in f.inputs))}
     early = tuple(folds[n] for n in order if n not in late)
     return Composition(name, on, slots, early, sums, stages, tuple(sorted(n for n in needed if n not in late and n not in sums)), _fold_function(name, early))
 
-def _stage(name, lines, level, slots, sums, late, at):
+def _stage(name, lines, level, slots, sums, late, at, clears):
     "The stage that is run after `at` others"
     own = {n: o for n,o in sums.items() if level[n] == at+1}
     written = {n for l in lines if l.f for n in l.gives}
@@ -452,7 +454,7 @@ def _stage(name, lines, level, slots, sums, late, at):
     scalars = tuple(sorted(needs - set(tensors)))
     used = list(scalars) + ([n for n,f in late.items() if f.keep] if not own else [])
     for n in used: used += [i for i in late[n].inputs if n in late and i not in used] if n in late else []
-    return Stage(f'{name.lower()}_sums_{at+1}' if own else name.lower(), lines, tensors, scalars, gives, tuple(f for n,f in late.items() if n in used), own)
+    return Stage(f'{name.lower()}_sums_{at+1}' if own else name.lower(), lines, tensors, scalars, gives, tuple(f for n,f in late.items() if n in used), own, clears and not own)
 
 # %% ../../nbs/optimizer.steppers.ipynb #1c23f889
 def called_by(
