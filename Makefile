@@ -11,7 +11,7 @@ ready := $(VENV)/.ready
 docs_ready := $(VENV)/.docs_ready
 PORT ?= 4000
 
-.PHONY: help demo test setup sync lint nbtest pytest coverage readme export docs docs-serve docs-check docs-test dist-test oldest soak clean
+.PHONY: help demo test setup sync lint nbtest pytest coverage readme export outputs docs docs-serve docs-check docs-test dist-test oldest soak clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,9 @@ readme: setup ## README.md and CHANGELOG.md from nbs/index.ipynb and nbs/changel
 export: setup ## Modules, README.md and CHANGELOG.md from the notebooks
 	$(bin)/nbdev-export
 	$(bin)/python .ci/readme.py
+
+outputs: setup ## Run the pages that keep their plots and tables in the repository; PAGES="optimizers" chooses
+	$(bin)/python .ci/outputs.py $(PAGES)
 
 docs: $(docs_ready) ## The site, from the notebooks, in _docs
 	$(bin)/python .ci/docs.py

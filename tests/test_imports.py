@@ -5,6 +5,7 @@ from textwrap import dedent
 
 import pytest
 from common import has_triton
+from fastxtend.optimizer.all import OPTIMIZERS
 
 root = Path(__file__).parent.parent
 
@@ -84,7 +85,9 @@ def test_blocking_blocks():
 
 REPLACED = {'SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'ranger'}
 ADDED = {'Ranger', 'sgd', 'rmsprop', 'adam', 'radam', 'qhadam', 'larc', 'lamb', 'FusedOptimizer', 'FusedLookahead', 'JitOptimizer', 'JitLookahead',
-         'ForEachOptimizer', 'ForEachLookahead', 'StepperOptimizer', 'StepperLookahead', *(f'{o}ForEachOptimizer' for o in ('SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'Ranger'))}
+         'ForEachOptimizer', *(f'{o}ForEachOptimizer' for o in ('SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'Ranger'))}
+ADDED |= {'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead', 'cautious', 'cautious_decay', 'lookahead'}
+ADDED |= {n for spec in OPTIMIZERS.values() if spec.native is None for n in (spec.name, spec.constructor.helper.__name__)}
 ADDED_BASICS = ADDED | {'ClearGradients', 'TorchOptimizer', 'torch_opt', 'EMACallback', 'SWACallback', 'SimpleProfilerCallback'}
 
 @pytest.mark.parametrize('first, ours, added', [

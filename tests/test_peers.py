@@ -103,11 +103,27 @@ def mars(p, g, s, t, lr, mom, sqr_mom, gamma, eps, wd, mom_1d, sqr_mom_1d, lr_1d
     m, v = averages(c, s, t, mom, sqr_mom)
     return (1 - lr*wd)*p - lr*m/(v.sqrt() + eps)
 
-TWINS = {f.__name__: f for f in (lion, nadam, stableadam, adan, adopt, ademamix, adabelief, laprop, mars)}
+def schedulefree(p, u, s, t, lr, mom, wd, warmup, lr_power, step_power):
+    lr = lr*min(t/warmup, 1.) if warmup else lr
+    s['lr_max'] = max(lr, s.get('lr_max', 0.))
+    weight = t**step_power*s['lr_max']**lr_power
+    s['sum'] = s.get('sum', 0.) + weight
+    c, z = weight/s['sum'], s.get('z', p) - lr*(u + wd*p)
+    s['x'], s['z'] = (1 - c)*s.get('x', p) + c*z, z
+    return (1 - mom)*z + mom*s['x']
+
+def schedulefreesgd(p, g, s, t, **hypers): return schedulefree(p, g, s, t, **hypers)
+
+def schedulefreeadam(p, g, s, t, sqr_mom, eps, **hypers):
+    s['v'] = sqr_mom*s.get('v', 0*g) + (1 - sqr_mom)*g**2
+    return schedulefree(p, g/((s['v']/(1 - sqr_mom**t)).sqrt() + eps), s, t, **hypers)
+
+TWINS = {f.__name__: f for f in (schedulefreesgd, schedulefreeadam, lion, nadam, stableadam, adan, adopt, ademamix, adabelief, laprop, mars)}
 
 # Hyperparameters that a test of an optimizer needs, beside its defaults
 SETTINGS = dict(AdEMAMix=[dict(slow_warmup=0), dict(slow_warmup=60)], MARS=[dict(vectors=False), dict(vectors=True), dict(mom_1d=.8, sqr_mom_1d=.9, lr_1d=.5)],
-                NAdam=[{}, dict(mom_decay=.2)], StableAdam=[{}, dict(sqr_mom=.9)], ADOPT=[{}, dict(sqr_mom=.9)])
+                NAdam=[{}, dict(mom_decay=.2)], StableAdam=[{}, dict(sqr_mom=.9)], ADOPT=[{}, dict(sqr_mom=.9)],
+                **{n: [{}, dict(warmup=30, step_power=.5, mom=.98)] for n in ('ScheduleFreeAdam', 'ScheduleFreeSGD')})
 NEWER = [n for n in NAMES if OPTIMIZERS[n].native is None]
 CASES = [(name, wd, changing, settings) for name in NEWER for settings in SETTINGS.get(name, [{}]) for wd in (0., .1) for changing in (False, True)]
 
@@ -183,6 +199,12 @@ PEERS = [
       for o in (dict(vectors=False, lr_1d=.5, eps=1e-20), dict(vectors=True, eps=1e-20))],
 ]
 
+def averaging(h, **more): return dict(weight_decay=h['wd'], warmup_steps=h['warmup'], r=h['step_power'], weight_lr_power=h['lr_power'], **more)
+
+for o in ({}, dict(warmup=30, step_power=.5, mom=.98)):
+    PEERS += [Peer('ScheduleFreeAdam', 'schedulefree.AdamWScheduleFree', lambda h: averaging(h, betas=(h['mom'], h['sqr_mom']), eps=h['eps']), o),
+              Peer('ScheduleFreeSGD', 'schedulefree.SGDScheduleFree', lambda h: averaging(h, momentum=h['mom']), o)]
+
 def made(where): 
     module, cls = where.rsplit('.', 1)
     return getattr(pytest.importorskip(module, reason=f'{module} is not installed: pip install fastxtend[peers]'), cls)
@@ -196,6 +218,7 @@ def test_peer(peer, wd, changing, monkeypatch):
     cls = made(peer.where)
     peer.patch(monkeypatch)
     opt = cls(params, lr=LR, **peer.hypers(hypers))
+    if hasattr(opt, 'train'): opt.train()
     for t,gs in enumerate(grads):
         for group in opt.param_groups: group['lr'] = lr_at(t, changing)
         set_grads(params, gs)

@@ -170,7 +170,7 @@ def run_in(tmp, *cmd, **env):
 def project(tmp_path):
     "A small nbdev project in git with our sync check"
     pytest.importorskip('nbdev')
-    for name in ('pyproject.toml', '.ci/sync', '.ci/readme.py', 'nbs/index.ipynb', 'nbs/changelog.ipynb', 'nbs/basics.ipynb', 'fastxtend/__init__.py'):
+    for name in ('pyproject.toml', '.ci/sync', '.ci/readme.py', '.ci/outputs.py', 'nbs/index.ipynb', 'nbs/changelog.ipynb', 'nbs/basics.ipynb', 'fastxtend/__init__.py'):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         shutil.copy(root/name, tmp_path/name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -192,7 +192,16 @@ def test_sync(project):
         return res.returncode, res.stdout + res.stderr
     assert sync(CI='true') == (0, 'sync: modules, README.md, CHANGELOG.md and notebooks agree\n')
 
-    module, readme, changelog = path/'fastxtend/basics.py', path/'README.md', path/'CHANGELOG.md'
+    module, readme, changelog, page = path/'fastxtend/basics.py', path/'README.md', path/'CHANGELOG.md', path/'nbs/basics.ipynb'
+    def change(**cell):
+        nb = json.loads(page.read_text())
+        code = next(c for c in nb['cells'] if '#| export' in ''.join(c['source']))
+        code.update(cell)
+        page.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n')
+        commit()
+    change(outputs=[dict(data={'text/plain': ['1']}, metadata={}, output_type='display_data')])
+    assert sync(CI='true')[0] == 0 # outputs are no difference
+
     good = module.read_text()
     module.write_text(good + '# by hand\n')
     code, out = sync()
@@ -222,3 +231,22 @@ def test_sync(project):
     commit()
     code, out = sync()
     assert code == 1 and 'CHANGELOG.md' in out and 'by hand' not in changelog.read_text()
+
+    commit()
+    change(source=['#| export\n', 'changed = 1'])
+    code, out = sync()
+    assert code == 1 and 'fastxtend/basics.py' in out
+
+@pytest.mark.parametrize('output,problem', [
+    (None, 'shows nothing'),
+    (dict(output_type='stream', name='stderr', text=['a warning']), 'messages'),
+    (dict(output_type='execute_result', execution_count=3, data={}, metadata={}), 'numbers of executions'),
+    (dict(output_type='display_data', data={'image/png': 'a'*400_000}, metadata={}), 'bytes'),
+    (dict(output_type='display_data', data={'text/plain': ['1']}, metadata={}), None)])
+def test_outputs_that_do_not_belong_into_a_repository(tmp_path, output, problem):
+    sys.path.insert(0, str(root/'.ci'))
+    import outputs
+    page = tmp_path/'page.ipynb'
+    page.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=[], outputs=[output] if output else [])])))
+    found = list(outputs.problems(page))
+    assert len(found) == (problem is not None) and all(problem in o for o in found)

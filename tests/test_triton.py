@@ -301,6 +301,30 @@ def test_captured_and_replayed(name, monkeypatch):
     with pytest.raises(RuntimeError, match='was captured with other'): opt.refresh()
 
 @interpreted
+def test_replayed_after_loading(monkeypatch):
+    "Another state may be loaded between replays: its addresses are uploaded like everything else"
+    shapes, graph = [(5, 7), (10,), ()], Graph(monkeypatch)
+    (ref, ref_params), (opt, params) = ((build('Adam', ps, way), ps) for way in ('native', 'fused') for ps in [make_params(shapes)])
+    for t,gs in enumerate(make_grads(tuple(shapes), steps=6)):
+        step_with(ref, ref_params, gs)
+        if t == 0: set_grads(params, gs)
+        for p,g in zip(params, gs): p.grad.copy_(g)
+        if t < 1: opt.step()
+        elif t < 2:
+            with graph: opt.step()
+        if t > 0:
+            opt.refresh()
+            graph.replay()
+        if t == 3:
+            saved = opt.state_dict()
+            for s in saved['state']: s['grad_avg'] = torch.zeros_like(s['grad_avg'])
+            ref.load_state_dict(saved_and_loaded(saved, False))
+            opt.load_state_dict(saved)
+            with torch.no_grad():
+                for p,q in zip(ref_params, params): p.copy_(q)
+    assert_same(snapshot(ref, ref_params)['params'], snapshot(opt, params)['params'], TOLERANCE['fused'])
+
+@interpreted
 def test_what_cannot_be_captured(monkeypatch):
     "Lookahead, and parameters that no kernel takes: refused, and nothing is changed or counted"
     graph = Graph(monkeypatch)
@@ -376,6 +400,40 @@ def test_only_what_changed_is_uploaded(name, driver, monkeypatch):
         uploads.clear()
         opt.step()
         assert not uploads
+
+@compiled
+@pytest.mark.parametrize('name', ('SGD', 'Lamb'))
+def test_nothing_is_compared_that_did_not_move(name, driver, monkeypatch):
+    "Where nothing has moved, addresses are neither collected nor compared; if gradients have, they are uploaded, and nothing is cut anew"
+    params = make_params([(3,)]*50)
+    opt, sent, cuts = build(name, split(params, 2), 'fused'), [], []
+    send, make_chunks = cuda.Tables.send, cuda.make_chunks
+    monkeypatch.setattr(cuda.Tables, 'send', lambda self, start, data: (sent.append((start, len(data))), send(self, start, data)))
+    monkeypatch.setattr(cuda, 'make_chunks', lambda *args: (cuts.append(args), make_chunks(*args))[1])
+    grads = make_grads(((3,),)*50, steps=3)
+    set_grads(params, grads[0])
+    for _ in range(3): opt.step()
+    entries = 50*8*(7 + len(opt.slot_names))
+    assert [start for start,_ in sent] == [0, entries, entries]
+    sent.clear()
+    set_grads(params, grads[1])
+    opt.step()
+    assert sent[0][0] == 0 and len(cuts) == 1
+
+@compiled
+def test_nothing_changes_if_a_kernel_cannot_be_compiled(driver, monkeypatch):
+    "All kernels of a step are compiled before the first is launched, and steps are counted afterwards"
+    monkeypatch.setattr(sums_kernel, 'device_caches', type(sums_kernel.device_caches)(sums_kernel.create_binder))
+    def broken(*args, **kwargs): raise RuntimeError('Failed to find C compiler')
+    params = [torch.ones(3), torch.ones(3, dtype=torch.float64)] # a kernel for each
+    opt = build('Lamb', params, 'fused')
+    set_grads(params, [torch.ones_like(p) for p in params])
+    with monkeypatch.context() as m:
+        m.setattr(step_kernel, 'warmup', broken)
+        with pytest.raises(RuntimeError, match='compiler'): opt.step()
+    assert not driver.launches and opt.state[params[0]].get('step', 0) == 0
+    opt.step()
+    assert Counter(o[0] for o in driver.launches) == {k: 2*v for k,v in launches_of('Lamb', 1).items()} and opt.state[params[0]]['step'] == 1
 
 @compiled
 @pytest.mark.parametrize('name', NAMES)

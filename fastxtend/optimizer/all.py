@@ -17,7 +17,9 @@ from .kernels import FusedLookahead, FusedOptimizer
 from .laprop import *
 from .lion import *
 from .mars import *
+from .modifiers import *
 from .nadam import *
+from .schedulefree import *
 from .stableadam import *
 from .table import OPTIMIZERS
 from .torchscript import JitLookahead, JitOptimizer
@@ -25,4 +27,4 @@ from .torchscript import JitLookahead, JitOptimizer
 # %% ../../nbs/optimizer.all.ipynb #68ff0c9e
 _classes = [FusedOptimizer, FusedLookahead, JitOptimizer, JitLookahead, StepperOptimizer, StepperLookahead, ForEachOptimizer, ForEachLookahead,
             *[spec.foreach_class for spec in OPTIMIZERS.values() if spec.foreach_class]]
-__all__ = [*[n for name in OPTIMIZERS for n in (name, name.lower())], *[c.__name__ for c in _classes]]
+__all__ = [*[n for spec in OPTIMIZERS.values() for n in (spec.name, spec.constructor.helper.__name__)], *MODIFIERS, *[c.__name__ for c in _classes]]

@@ -14,11 +14,12 @@ import numpy as np, torch
 from fastcore.all import L
 from torch import Tensor
 
-from .probe import is_sharded
+from .probe import is_dense, is_sharded, sharing_memory
 from .steppers import Composition
 
 # %% auto #0
-__all__ = ['Batch', 'as_number', 'describe', 'check_params', 'fields_of', 'check_tensors', 'check_batch', 'shards', 'copy_like']
+__all__ = ['Batch', 'as_number', 'describe', 'check_params', 'fields_of', 'check_tensors', 'check_batch', 'shards', 'lay_out',
+           'copy_like']
 
 # %% ../../nbs/optimizer.batch.ipynb #e4d1a7f7
 @dataclass
@@ -114,9 +115,10 @@ def check_tensors(
     name:str, # What that is, for messages
     fields:list, # `fields_of(params)`
 ):
-    "`RuntimeError` if a gradient or a state tensor does not fit its parameter"
+    "`RuntimeError` if a gradient or a state tensor does not fit its parameter. State may have another floating point dtype, if the model was converted"
     for p,t,expected in zip(params, tensors, fields):
-        if t is not None and (not isinstance(t, Tensor) or _fields(t) != expected): _refuse(name, p, t)
+        if t is None or isinstance(t, Tensor) and _fields(t) == expected: continue
+        if name == 'gradient' or not isinstance(t, Tensor) or not t.is_floating_point() or (t.shape, t.device, t.layout) != (p.shape, p.device, p.layout): _refuse(name, p, t)
 
 def _refuse(name, p, t):
     "Raise the error for a gradient or state tensor `t` that does not fit `p`"
@@ -135,8 +137,6 @@ def check_batch(
     fields = fields_of(batch.params)
     check_tensors(batch.params, batch.grads, 'gradient', fields)
     for name,ts in batch.slots.items(): check_tensors(batch.params, ts, f"state '{name}'", fields)
-    for p,g in zip(batch.params, batch.grads):
-        if p.is_neg() or p.is_conj(): raise RuntimeError(f"A parameter of {describe(p)} is lazily negated, and cannot be written. Resolve it with `p.data = p.data.resolve_neg()`")
 
 # %% ../../nbs/optimizer.batch.ipynb #5546488b
 def _split_alike(tensors):
@@ -150,6 +150,18 @@ def shards(
     "`batch` with what this process has of `DTensor`s in their place; as it is if there are none, if sums are needed, or if gradients or slots are not split like their parameter"
     if batch.composition.sums or not any(map(is_sharded, batch.params)) or not all(map(_split_alike, zip(*batch.tensors()))): return batch
     return batch.with_tensors(*([t.to_local() if is_sharded(t) else t for t in ts] for ts in batch.tensors()))
+
+# %% ../../nbs/optimizer.batch.ipynb #cee953bd
+def lay_out(
+    batch:Batch, # Parameters
+    idxs:list, # Positions of those whose tensors are laid out differently
+) -> bool: # Was there any such slot?
+    "Lay slots out as their parameters are"
+    odd = [(i, t) for i in idxs if is_dense(batch.params[i]) for ts in batch.slots.values() for t in [ts[i]] if t.stride() != batch.params[i].stride()]
+    shared = set(sharing_memory(*batch.tensors())) if odd else ()
+    odd = [(i, t) for i,t in odd if i not in shared and t.untyped_storage().nbytes() == t.numel()*t.element_size()]
+    for i,t in odd: t.data = torch.empty_like(batch.params[i]).copy_(t)
+    return bool(odd)
 
 # %% ../../nbs/optimizer.batch.ipynb #47e42eb1
 def copy_like(

@@ -17,14 +17,14 @@ from operator import is_
 from torch import Tensor
 
 from .attach import Attachment, same_objects, sums_only
-from .batch import Batch, as_number, check_batch, check_params, check_tensors, copy_like, describe, fields_of, shards
+from .batch import Batch, as_number, check_batch, check_params, check_tensors, copy_like, describe, fields_of, lay_out, shards
 from .plan import Engine, Plan, Ran, look, make_plan, run
-from .probe import Probe, is_sharded, sharing_memory
+from .probe import STRIDES, Probe, is_sharded, sharing_memory
 from .steppers import Composition, compose, picked, switches
 from .table import FACTS, OPTIMIZERS, OptimizerSpec, known_slots, slots_of
 
 # %% auto #0
-__all__ = ['distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'zero_tensors', 'LookaheadMixin']
+__all__ = ['FLOAT32', 'SETS', 'distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'zero_tensors', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -103,7 +103,7 @@ class Layout:
 # %% ../../nbs/optimizer.core.ipynb #045b34ba
 class FastOptimizer(Optimizer):
     "A fastai `Optimizer` that steps all groups together"
-    _transient = '_layout', '_plans', '_compositions', '_ran', '_cleared', 'attached', 'known', 'sums', 'engine'
+    _transient = '_layouts', '_layout', '_plans', '_compositions', '_ran', '_cleared', 'attached', 'known', 'sums', 'engine'
     takes_attachments = False # Is there anything to be gained from an `Attachment`?
     set_to_none = False # Does `zero_grad` leave no gradients, instead of zeros?
     def __init__(self,
@@ -121,9 +121,13 @@ class FastOptimizer(Optimizer):
         self.arguments = {k: bool(np.any(v)) if k == 'mom' else v for k,v in defaults.items() if k != 'lr'}
         self.forget()
 
+    def set_hyper(self, k, v):
+        "Set a hyperparameter of each group; what is fixed stays as it was when the optimizer was built"
+        if k not in getattr(getattr(self, 'spec', None), 'fixed', ()): super().set_hyper(k, v)
+
     def forget(self):
         "What can be found again: compositions, layout and plans; and what belongs to one step: attachments, and sums over the model"
-        self._layout, self._plans, self._compositions, self._ran = None, {}, {}, None
+        self._layouts, self._layout, self._plans, self._compositions, self._ran = {}, None, {}, {}, None
         self.attached, self.known, self.sums, self._cleared = {}, {}, {}, None
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in self._transient}
@@ -152,7 +156,7 @@ def composition(self:FastOptimizer,
 ) -> Composition:
     "The steppers of this step, joined"
     if 'switches' not in self._compositions: self._compositions['switches'] = switches(self.steppers)
-    on = tuple([n for n in self._compositions['switches'] if n in lent or any(h.get(n) for h in self.hypers)])
+    on = tuple([n for n in self._compositions['switches'] if n in lent or any(as_number(n, h.get(n, 0)) for h in self.hypers)])
     key = on, *((n, a.first, a.last) for n,a in self.attached.items())
     if key not in self._compositions: self._compositions[key] = self.composed(on)
     return self._compositions[key]
@@ -180,9 +184,37 @@ def row(self:FastOptimizer,
     attached = {k: v for a in self.attached.values() for k,v in a.scalars.items()}
     given = {**self.options, **attached, **self.hypers[group], 'do_wd': do_wd, **dict(zip(facts_in(composition), facts))}
     row = {n: as_number(n, given[n]) for n in composition.hypers}
+    for n,x in row.items():
+        if not -FLOAT32 <= x <= FLOAT32: self.check_range(group, n, x)
     row.update(zip(composition.counters, counts))
     for _ in range(again + 1): composition.fold(row)
     return row
+
+FLOAT32 = torch.finfo(torch.float32).max
+
+@patch
+def check_range(self:FastOptimizer,
+    group:int, # Position of the group
+    name:str, # Of a hyperparameter
+    x:float, # Its value
+):
+    "`ValueError` if a finite number becomes infinite in the dtype that a parameter is stepped in"
+    if math.isfinite(x) and any(p.dtype != torch.float64 for p in self.param_lists[group]):
+        raise ValueError(f"`{name}` is {x!r}, which is no float32 number")
+
+SETS = 8 # Sets of parameters with gradients whose layouts and plans are kept
+
+@patch
+def recall(self:FastOptimizer,
+    lists:list, # The parameters of each group that are not frozen
+    there:list|None, # Positions of those with gradients, or `None` if all have them
+):
+    "The layout and the plans of these parameters: those of the last time if nothing has changed"
+    key = None if there is None else tuple(there)
+    layout, plans = self._layouts.pop(key, (None, {}))
+    if layout is None or not layout.holds(lists, self.state, there): layout = Layout.of(lists, self.state, there)
+    self._layouts[key] = self._layout, self._plans = layout, plans
+    if len(self._layouts) > SETS: del self._layouts[next(iter(self._layouts))]
 
 @patch
 def stepping(self:FastOptimizer) -> tuple[Layout, list]: # What is known of them, and their gradients
@@ -192,7 +224,7 @@ def stepping(self:FastOptimizer) -> tuple[Layout, list]: # What is known of them
     if any(map(is_, grads, repeat(None))):
         there = [i for i,g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in there]
-    if self._layout is None or not self._layout.holds(lists, self.state, there): self._layout = Layout.of(lists, self.state, there)
+    self.recall(lists, there)
     return self._layout, grads
 
 @patch
@@ -208,6 +240,8 @@ def gather(self:FastOptimizer,
     return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition)
 
 # %% ../../nbs/optimizer.core.ipynb #944668fd
+def _start(start, p): return torch.empty_like(p, requires_grad=False).copy_(p) if start == 'p' else torch.full_like(p, start, requires_grad=False)
+
 @patch
 def init_slots(self:FastOptimizer,
     batch:Batch, # Parameters about to step
@@ -216,9 +250,11 @@ def init_slots(self:FastOptimizer,
     for name,ts in batch.slots.items():
         if not any(t is None for t in ts): continue
         start = batch.composition.slots[name].start
-        for state,p,t in zip(batch.states, batch.params, ts):
-            if t is None and state.get(name) is None: state[name] = torch.zeros_like(p, requires_grad=False) if start == 0 else torch.full_like(p, start, requires_grad=False)
-        batch.slots[name] = [s[name] for s in batch.states]
+        batch.slots[name] = [_start(start, p) if t is None else t for p,t in zip(batch.params, ts)]
+    for name,ts in batch.slots.items(): # all are there: none is kept if memory ran out
+        if batch.composition.slots[name].lent: continue
+        for state,t in zip(batch.states, ts): state.setdefault(name, t)
+        batch.slots[name] = [s[name] for s in batch.states] # a parameter that is listed twice has one
 
 @patch
 def plan(self:FastOptimizer,
@@ -233,6 +269,7 @@ def plan(self:FastOptimizer,
         self.init_slots(batch)
         batch = shards(batch)
         seen = look(batch, last and last.seen)
+        if self.kernels is not None and lay_out(batch, [i for i in np.flatnonzero(seen.reasons == STRIDES) if batch.params[i] is params[i]]): seen = look(batch)
     plan = self._plans[batch.composition] = make_plan(batch, params, seen, self.kernels, self.engine, last)
     return plan, batch, seen
 
@@ -423,9 +460,13 @@ class LookaheadMixin:
     def _init_state(self): self.count, self.slow_weights = 0, None
 
     def step_all(self):
-        if self.slow_weights is None: self.slow_weights = L(L(p.detach().clone() for p in pg) for pg in self.param_lists)
-        pairs = self.slow_pairs() if (self.count+1) % self.k == 0 else []
-        for fast,slow in self.step_with(pairs): fast.copy_(slow.lerp_(fast, self.alpha))
+        first = self.slow_weights is None
+        if first: self.slow_weights = L(L(p.detach().clone() for p in pg) for pg in self.param_lists)
+        try: left = self.step_with(self.slow_pairs() if (self.count+1) % self.k == 0 else [])
+        except Exception: # a refused step leaves nothing behind
+            if first: self.slow_weights = None
+            raise
+        for fast,slow in left: fast.data.copy_(slow.lerp_(fast, self.alpha))
         self.count += 1
 
     def step_with(self,
@@ -433,10 +474,10 @@ class LookaheadMixin:
     ) -> list: # Those that have not
         "Step everything that has a gradient"
         lent = dict(slow_weights=[slow for fast,slow in pairs if fast.grad is not None]) if pairs else {}
-        planned = self.ready(**lent)
+        planned, left = self.ready(**lent), [(fast, slow) for fast,slow in pairs if fast.grad is None]
         if planned is None: return pairs
-        if pairs and planned[0].tangled: planned = self.ready()
-        else: pairs = [(fast, slow) for fast,slow in pairs if fast.grad is None]
+        if pairs and (planned[0].tangled or left and sharing_memory([fast for fast,_ in pairs])): planned = self.ready()
+        else: pairs = left
         self.take_step(*planned)
         return pairs
 

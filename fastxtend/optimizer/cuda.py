@@ -351,19 +351,30 @@ class Tables:
         rows:np.ndarray, # Scalars: (rows, scalars) of the dtype to compute in
     ) -> tuple[Tensor, Tensor]: # `entries` and `rows` of the kernels
         "Bring the tables on the device up to date, in one copy"
-        if self.put_for is None or self.put_for[0] is not seen or self.put_for[1] is not row_ids:
+        moved = self.put_for is None or self.put_for[0] is not seen or self.put_for[1] is not row_ids
+        if moved:
             ids = np.stack([row_ids[self.idxs], self.idxs], 1)
             self.entries, self.put_for = _bytes(np.concatenate([seen.addresses[self.idxs], self.chunks, ids], 1)), (seen, row_ids)
-        host, n = np.concatenate([self.entries, _bytes(rows)]), len(self.entries)
-        if self.memory is None or len(host) != len(self.memory):
+        n, scalars = len(self.entries), _bytes(rows)
+        if self.memory is None or n + len(scalars) != len(self.memory):
             if self.captured: raise RuntimeError(CHANGED)
-            self.memory, self.host = torch.empty(len(host), dtype=torch.uint8, device=self.device), None
+            self.memory, self.host = torch.empty(n + len(scalars), dtype=torch.uint8, device=self.device), None
         if self.capturing: self.captured, self.host = True, None
-        else:
-            changed = [0, len(host)-1] if self.host is None else np.flatnonzero(host != self.host)
-            if len(changed): upload(host[changed[0]:changed[-1]+1], self.memory[changed[0]:changed[-1]+1])
-            self.host = host
+        elif moved or self.host is None: self.send(0, np.concatenate([self.entries, scalars]))
+        else: self.send(n, scalars)
         return self.memory[:n].view(torch.int64), self.memory[n:].view(_named(torch, rows.dtype))
+
+    def send(self,
+        start:int, # Position in `memory`
+        data:np.ndarray, # Bytes from there to the end
+    ):
+        "Upload what is new"
+        changed = [0, len(data)-1] if self.host is None else np.flatnonzero(data != self.host[start:])
+        if not len(changed): return
+        first, last = changed[0], changed[-1] + 1
+        upload(data[first:last], self.memory[start+first:start+last])
+        if self.host is None: self.host = data
+        else: self.host[start:] = data
 
     def cut(self,
         fmt:Format, # Number format of the parameters
@@ -401,7 +412,7 @@ class TritonEngine(Engine):
 
 @lru_cache(None)
 def engine() -> TritonEngine|None: # `None` if Triton cannot launch anything here
-    "The engine for CUDA GPUs. Triton compiles a launcher in C when it is first used: that is tried here"
+    "The engine for CUDA GPUs. Triton compiles a part of itself in C when it is first used: that is tried here, and an error if it fails"
     if torch.cuda.is_available() and not triton.knobs.runtime.interpret: triton.runtime.driver.active.utils
     return TritonEngine()
 
@@ -411,21 +422,35 @@ class TritonWork(Work):
         self.tables, self.idxs, self.batch, self.n_done = part.prepared, part.idxs, batch, 0
         composition, tables, dtype = batch.composition, part.prepared, DTYPES[seen.dtypes[part.idxs[0], 0]]
         fmt = FORMATS[dtype]
-        if tables.owners is None and tables.capturing: raise RuntimeError("Take a step before you capture one in a CUDA graph")
+        new = tables.owners is None
+        if new and tables.capturing: raise RuntimeError("A step can be captured in a CUDA graph only after at least one step that was not captured")
         self.constants = {s: constants(composition, at, dtype) for at,s in enumerate(composition.stages)}
         with self.on_device():
             tables.cut(fmt, composition)
             self.entries, self.rows = tables.put(seen, batch.row_ids, np.array([[row[n] for n in composition.row] for row in batch.rows], _named(np, fmt.compute)))
+        if new: self.compile()
 
     def on_device(self): return torch.cuda.device(self.tables.device) if self.tables.device.type == 'cuda' else nullcontext()
 
-    def run(self, stage):
+    def call(self,
+        stage:Stage, # To run
+    ) -> tuple: # Kernel, grid, arguments, and what is given by name
+        "What is to be launched"
         tables, n_chunks = self.tables, len(self.tables.owners)
-        args = self.entries, tables.owners, self.rows, tables.partials, tables.totals
+        args, given = (self.entries, tables.owners, self.rows, tables.partials, tables.totals), {**self.constants[stage], **OPTIONS}
+        if not stage.sums: return step_kernel, (n_chunks,), (*args, tables.kept), given
         adds_up = any(s.over == 'model' for s in stage.sums.values())
+        return sums_kernel, (min(n_chunks, MOST) if adds_up else n_chunks,), (*args, n_chunks), given
+
+    def compile(self):
+        "Everything that will be launched: if something cannot be compiled here, nothing has been changed yet"
         with self.on_device():
-            if stage.sums: sums_kernel[(min(n_chunks, MOST) if adds_up else n_chunks,)](*args, n_chunks, **self.constants[stage], **OPTIONS)
-            else: step_kernel[(n_chunks,)](*args, tables.kept, **self.constants[stage], **OPTIONS)
+            for kernel,_,args,given in map(self.call, self.batch.composition.stages):
+                getattr(kernel.warmup(*args, grid=(1,), **given), 'run', None) # makes the launcher
+
+    def run(self, stage):
+        kernel, grid, args, given = self.call(stage)
+        with self.on_device(): kernel[grid](*args, **given)
 
     def place(self, name): return sums_before(self.batch.composition, len(self.batch.composition.stages)).index(name)
     def total(self, name): return self.tables.totals[self.place(name)].sum()

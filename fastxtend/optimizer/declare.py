@@ -80,6 +80,8 @@ def optimizer(
     foreach_class:type=None, # Class of the optimizer with `foreach=True`, if it has a name of its own
     options:tuple=(), # Names of arguments that are no hyperparameters
     hypers:dict=None, # Hyperparameters that are no arguments
+    lr:float=None, # A learning rate to begin with, if it is not fastai's 1e-3: `Learner` takes it from what the helper returns
+    fixed:tuple=(), # Names of hyperparameters that do not change, whatever a schedule says
 ) -> Callable:
     "Decorates the constructor of an optimizer: a function with fastai's arguments that returns a list of steppers"
     def decorate(body):
@@ -95,7 +97,7 @@ def optimizer(
         constructor.__signature__ = inspect.Signature(params + _parameters(_flags), return_annotation=inspect.signature(body).return_annotation)
         constructor.__delwrap__ = _flags
         spec = OptimizerSpec(name, _body_of(body), {**{k: v for k,v in defaults.items() if k not in options}, **(hypers or {})},
-                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor)
+                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor, lr, fixed)
         OPTIMIZERS[name] = spec
         return constructor
     return decorate
@@ -108,15 +110,18 @@ def _body_of(body):
 
 def helper(
     constructor:Callable, # Such as `Adam`
+    name:str=None, # Such as `adam`, which is the default
 ) -> Callable: # Such as `adam`
     "`constructor` without `params` and `lr`: a function that returns a `partial` of it"
     sig = inspect.signature(constructor)
     sig = sig.replace(parameters=_parameters(constructor, ('params', 'lr')), return_annotation=partial)
+    lr = getattr(OPTIMIZERS.get(constructor.__name__), 'lr', None)
     def helper(*args, **kwargs):
         kwargs = sig.bind(*args, **kwargs).arguments
         backend_of(kwargs)
-        return partialler(constructor, **kwargs)
+        return partialler(constructor, **(dict(lr=lr) if lr else {}), **kwargs)
     helper.__signature__, helper.__delwrap__, helper.__module__ = sig, constructor, constructor.__module__
-    helper.__name__ = helper.__qualname__ = constructor.__name__.lower()
+    helper.__name__ = helper.__qualname__ = name or constructor.__name__.lower()
     helper.__doc__ = f"`partial` of `{constructor.__name__}`: {constructor.__doc__}"
+    constructor.helper = helper
     return helper

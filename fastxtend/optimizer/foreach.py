@@ -13,7 +13,8 @@ from fastai.torch_basics import *
 from torch import Tensor
 
 from .core import FastOptimizer, LookaheadMixin
-from .lists import BLOCK, ListEngine, norms, number_tensor, on_cpu, one_by_one, operand
+from .lists import BLOCK, ListEngine, norms, number_tensor, on_cpu, one_by_one, operand, whole
+from .probe import is_sharded
 from .table import OptimizerSpec, spec_of, unwrapped
 
 # %% auto #0
@@ -165,6 +166,10 @@ def qhadam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg
     torch._foreach_addcdiv_(p, num, denom, -1.)
 
 # %% ../../nbs/optimizer.foreach.ipynb #b5315789
+def _scaled(norms, scale):
+    "`scale` times each norm. (PyTorch 2.7 takes a `DTensor` that waits to be reduced for one that is)"
+    return [_nth(scale, i)*whole(n) for i,n in enumerate(norms)] if is_sharded(norms[0]) else torch._foreach_mul(norms, scale)
+
 def larc_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, decay:Scalars, l2:Scalars, mom:Scalars,
                       trust:Trust) -> list[float]: # The learning rate of each parameter
     "LARC or LARS (You et al., 2017), with momentum if there is a `grad_avg`"
@@ -180,7 +185,7 @@ def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:T
     _lerp(grad_avg, g, mom, damp)
     _add_square(sqr_avg, g, sqr_mom, sqr_damp)
     update = _divide(grad_avg, _root(sqr_avg, eps))
-    local_lr = trust(norms(p), torch._foreach_mul(norms(update), scale))
+    local_lr = trust(norms(p), _scaled(norms(update), scale))
     _add_scaled(p, update, [-_nth(scale, i)*lr for i,lr in enumerate(local_lr)])
 
 # %% ../../nbs/optimizer.foreach.ipynb #293ea026

@@ -26,8 +26,8 @@ def lion_step(g, grad_avg, mom, share, lr):
     "A step of `lr` in each element"
     return lr*sign(mom*grad_avg + share*g)
 
-# %% ../../nbs/optimizer.lion.ipynb #9d0302cc
-@optimizer()
+# %% ../../nbs/optimizer.lion.ipynb #2c563d38
+@optimizer(lr=1e-4)
 def Lion(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list

@@ -8,21 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 
 import numpy as np, torch
 from torch import Tensor
 
 from .batch import Batch
 from .plan import Engine, Part, Work
-from .probe import Probe, is_dense, is_sharded
+from .probe import DTYPE, UNREADABLE, Probe, is_dense, is_sharded
 from .steppers import MATH, Composition, Stage, compile_function, compile_stage
 from .table import step_args, unwrapped
 
 # %% auto #0
 __all__ = ['LARGE', 'LIST_MATH', 'BLOCK', 'number_tensor', 'on_cpu', 'one_by_one', 'operand', 'Tensors', 'whole', 'blocks',
-           'fold_late', 'needs_late', 'knows', 'norms', 'ListEngine', 'ListWork', 'WrittenWork', 'StepperEngine',
-           'StepperWork']
+           'fold_late', 'needs_late', 'knows', 'norms', 'unnoticed', 'ListEngine', 'ListWork', 'WrittenWork',
+           'StepperEngine', 'StepperWork']
 
 # %% ../../nbs/optimizer.lists.ipynb #5b8b1c6b
 @lru_cache(4096)
@@ -94,7 +94,8 @@ def _where(flag, a, b):
     if ts is None: return np.where(flag != 0, a, b) if isinstance(flag, np.ndarray) else a if flag else b
     if isinstance(flag, (bool, int, float)): return a if flag else b
     if isinstance(flag, np.ndarray) and (flag != 0).all() and isinstance(a, Tensors): return a
-    def choose(t, f, x, y): return torch.where(torch.as_tensor(f, device=t.device) != 0, torch.as_tensor(x, dtype=t.dtype, device=t.device), torch.as_tensor(y, dtype=t.dtype, device=t.device))
+    def value(t, x): return x.to(t.dtype) if torch.is_tensor(x) else t.new_full(t.shape, x) # filled on the device, and not uploaded
+    def choose(t, f, x, y): return torch.where(f != 0, value(t, x), value(t, y)) if torch.is_tensor(f) else value(t, x if f else y)
     return ts.each(choose, flag, a, b)
 
 LIST_MATH = {**{n: _of_lists(n) for n in MATH if n != 'where'}, 'where': _where}
@@ -186,6 +187,22 @@ def norms(
     "The norm of each, in float32 at least"
     return torch._foreach_norm(ts, 2, dtype=torch.float32) if ts[0].dtype.itemsize < 4 else torch._foreach_norm(ts)
 
+def _plainly(batch):
+    "`batch` in tensors of one dtype, of 32 bits at least, whose bytes are their elements: copies where they are not"
+    dtype = torch.float64 if any(t.dtype == torch.float64 for ts in batch.tensors() for t in ts) else torch.float32
+    return batch.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in batch.tensors()))
+
+def unnoticed(
+    run:Callable, # Of a `Work` whose parameters are those of its `batch`, or of `original`
+) -> Callable:
+    "`run`, without autograd noticing that parameters are written"
+    @wraps(run)
+    def quiet(self, stage):
+        if stage.sums: return run(self, stage)
+        params = tuple(p for p in getattr(self, 'original', self.batch).params if not p.is_inference())
+        with torch.autograd._unsafe_preserve_version_counter(params): return run(self, stage)
+    return quiet
+
 class ListEngine(Engine):
     "Runs steppers, or a written step in their place, on lists of tensors"
     def __init__(self,
@@ -198,8 +215,9 @@ class ListEngine(Engine):
 
     def begin(self, part, batch, seen):
         batch, written = batch.take(part.idxs), knows(self.step, batch.composition)
+        odd = np.isin(seen.reasons[part.idxs], (DTYPE, UNREADABLE)).any() and not any(map(is_sharded, batch.params))
         narrow = batch.params[0].dtype.itemsize < 4 and (self.widen or not written)
-        stepped = batch.with_tensors(*([t.float() for t in ts] for ts in batch.tensors())) if narrow else batch
+        stepped = _plainly(batch) if odd or narrow else batch
         return (WrittenWork if written else ListWork)(self, stepped, batch)
 
 class ListWork(Work):
@@ -218,6 +236,7 @@ class ListWork(Work):
         for tensors,owners in blocks(self.batch, self.engine.block, not self.batch.composition.sums):
             yield {n: Tensors(ts) for n,ts in zip(names, tensors)}, owners
 
+    @unnoticed
     def run(self, stage):
         if self.batch.composition.sums: fold_late(stage, self.known)
         if stage.sums: self.add_up(stage)
@@ -241,7 +260,9 @@ class ListWork(Work):
     def write_back(self):
         if self.batch is self.original: return
         for n,ts in self.batch.named().items():
-            if n != 'g': torch._foreach_copy_(self.original.named()[n], ts)
+            if n == 'g': continue
+            for t,new in zip(self.original.named()[n], ts):
+                if t is not new: t.copy_(new)
 
     def keep(self):
         for n in self.batch.composition.kept:
@@ -252,6 +273,7 @@ class WrittenWork(ListWork):
     def __init__(self, engine, batch, original):
         self.engine, self.batch, self.original, self.kept = engine, batch, original, []
 
+    @unnoticed
     def run(self, stage):
         if stage.sums: return
         batch, engine = self.batch, self.engine
@@ -298,6 +320,7 @@ class StepperWork(Work):
         self.batch = batch
         self.known = [dict(batch.rows[i]) for i in batch.row_ids]
 
+    @unnoticed
     def run(self, stage):
         for i,known in enumerate(self.known):
             for fold in stage.late: known[fold.name] = compile_function(fold.f)(*(known[n] if isinstance(n, str) else n for n in fold.takes))

@@ -20,7 +20,7 @@ from .steppers import (apply, average_grad, average_sqr_grad, folded, l2_reg, ma
 # %% auto #0
 __all__ = ['mars', 'correct', 'within_norm', 'remember', 'MARS']
 
-# %% ../../nbs/optimizer.mars.ipynb #4b50a8d6
+# %% ../../nbs/optimizer.mars.ipynb #282de5a0
 def _corrected(ndim, vectors): return 1. if ndim > 1 or vectors else 0.
 def _route_lr(lr, lr_1d, corrected): return lr if corrected else lr*lr_1d
 def _route_mom(mom, mom_1d, corrected): return mom if corrected else mom_1d
@@ -32,7 +32,7 @@ def _shrink(c_sqr, corrected): return where(corrected, 1./maximum(sqrt(c_sqr), 1
          route_lr=folded(_route_lr), route_mom=folded(_route_mom), route_sqr_mom=folded(_route_sqr_mom))
 def correct(g, last_grad, diff_coef):
     "The gradient, and a part of how it has changed"
-    return where(diff_coef, g + diff_coef*(g - last_grad), g)
+    return g + diff_coef*(g - last_grad)
 
 @stepper('c', c_sqr=summed('c*c'), shrink=folded(_shrink))
 def within_norm(c, shrink):

@@ -15,11 +15,11 @@ from fastcore.all import groupby
 from torch import Tensor
 
 from .batch import Batch
-from .probe import OK, REASONS, UNREADABLE, Extents, Probe, extent, fingerprint, is_sharded, probe, sharing_memory
+from .probe import OK, REASONS, UNREADABLE, Extents, Probe, extent, is_sharded, probe, recalled, remembered, sharing_memory
 
 # %% auto #0
-__all__ = ['ENGINES', 'SHARDED', 'Engine', 'Work', 'kernels_for', 'warn_once', 'compiled', 'look', 'Part', 'Plan', 'odd_extents',
-           'find_tangled', 'make_plan', 'run', 'share', 'Ran']
+__all__ = ['ENGINES', 'INSTALL', 'SHARDED', 'Engine', 'Work', 'kind_of', 'kernels_for', 'warn_once', 'compiled', 'look', 'Part',
+           'Plan', 'odd_extents', 'find_tangled', 'make_plan', 'run', 'share', 'Ran']
 
 # %% ../../nbs/optimizer.plan.ipynb #bdc9cd66
 class Engine:
@@ -77,21 +77,36 @@ class Work:
 # %% ../../nbs/optimizer.plan.ipynb #97932d97
 ENGINES = {1: 'cpu', 2: 'cuda'} # Modules with kernels, by DLPack's number of the kind of device
 
+def kind_of(
+    device:int, # DLPack's code of a device
+) -> str|None:
+    "The module with kernels for a device"
+    return ENGINES.get(device & 0xffffffff)
+
+_errors = {} # Of modules that could not be used
+
 @lru_cache(None)
 def kernels_for(
     device:int, # DLPack's code of a device
 ) -> Engine|None: # `None` if there are no kernels for the device, or what they need is not installed or does not work
     "The engine with kernels for a device"
-    try: return importlib.import_module(f'fastxtend.optimizer.{ENGINES[device & 0xffffffff]}').engine()
-    except Exception: return None
+    kind = kind_of(device)
+    if kind is None: return None
+    try: return importlib.import_module(f'fastxtend.optimizer.{kind}').engine()
+    except Exception as e: _errors[kind] = e
+
+INSTALL = dict(
+    cpu=': install Numba with `pip install numba`',
+    cuda=": install Triton 3.5 or later, which comes with PyTorch 2.9, and what it compiles its launchers with: a C compiler and Python's headers (on Debian and Ubuntu `apt install gcc python3-dev`)")
 
 @lru_cache(None)
 def warn_once(
     device:str, # Type of a device
+    kind:str|None, # Module with kernels for it
 ):
-    "Say that there is no kernel"
-    help = {'cpu': ': install Numba with `pip install numba`', 'cuda': ': install Triton 3.5 or later, which comes with PyTorch 2.9, and a C compiler'}.get(device, '')
-    warn(f"`fused=True` has no kernel for {device} here{help}. These parameters are stepped with ForEach")
+    "Say that there is no kernel, why, and what to install"
+    why = f' ({type(_errors[kind]).__name__}: {_errors[kind]})' if kind in _errors else ''
+    warn(f"`fused=True` has no kernel for {device} here{INSTALL.get(kind, '')}{why}. These parameters are stepped with ForEach")
 
 # %% ../../nbs/optimizer.plan.ipynb #dbb6dba8
 @lru_cache(None)
@@ -106,12 +121,7 @@ def look(
 ) -> Probe:
     "Where all tensors are, and which parameters a kernel can take"
     fast, tensors = compiled(), batch.tensors()
-    if fast: return fast(*tensors)
-    key = fingerprint(*tensors)
-    if last is not None and key is not None and last.key == key: return last
-    res = probe(*tensors)
-    object.__setattr__(res, 'key', key)
-    return res
+    return fast(*tensors) if fast else recalled(last, *tensors) or remembered(probe(*tensors), *tensors)
 
 # %% ../../nbs/optimizer.plan.ipynb #3f62c085
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ def _parts(batch, seen, kernels, lists, tangled):
         parts.append(Part(engine, idxs, engine.prepare(batch, seen, idxs)))
     together = [i for i in np.flatnonzero(~takes).tolist() if i not in tangled]
     for i in together:
-        if kernels and seen.reasons[i] == OK: warn_once(batch.params[i].device.type)
+        if kernels and seen.reasons[i] == OK: warn_once(batch.params[i].device.type, kind_of(int(seen.devices[i])))
     by_kind = groupby(together, lambda i: (batch.params[i].device, batch.params[i].dtype, is_sharded(batch.params[i]))).values()
     return parts + [Part(lists, idxs, lists.prepare(batch, seen, idxs)) for idxs in [*by_kind, *([i] for i in tangled)]]
 

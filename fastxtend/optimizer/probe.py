@@ -5,16 +5,16 @@
 # %% ../../nbs/optimizer.probe.ipynb #b567a191
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from operator import attrgetter
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np, torch
 from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS', 'DTYPES', 'ITEMSIZES', 'Probe', 'is_dense',
-           'device_code', 'is_plain', 'probe', 'fingerprint', 'Extents', 'in_conflict', 'is_sharded', 'extent',
-           'sharing_memory']
+           'device_code', 'is_plain', 'probe', 'guards_of', 'remembered', 'recalled', 'Extents', 'in_conflict',
+           'is_sharded', 'extent', 'sharing_memory']
 
 # %% ../../nbs/optimizer.probe.ipynb #dab6e356
 OK, UNREADABLE, DEVICE, DTYPE, SHAPE, STRIDES = range(6)
@@ -29,7 +29,7 @@ class Probe:
     "What is known of the tensors of a step: a row for each parameter"
     table:np.ndarray # All columns: (parameters, 3 + 2*tensors) of int64
     n_tensors:int # How many tensors a parameter has: itself, its gradient, its slots
-    key:object=None # What was read to tell whether it still holds, if that is less than the table
+    holds:object=None # Tells if all but the addresses is still so, where Python looks
 
     @classmethod
     def empty(cls, n_params, n_tensors): return cls(np.zeros((n_params, 3 + 2*n_tensors), np.int64), n_tensors)
@@ -96,14 +96,30 @@ def probe(
     return res
 
 # %% ../../nbs/optimizer.probe.ipynb #95071b72
-_looks = attrgetter('dtype', 'device', 'shape')
-
-def fingerprint(
+def guards_of(
     *tensors:list, # Parameters, gradients and slots: lists of tensors
-) -> tuple|None: # `None` if not all are plain tensors
-    "What is cheap to read and changes when the answer of `probe` does"
-    try: return [[(*_looks(t), t.stride(), t.data_ptr(), type(t), t.is_neg(), t._is_zerotensor()) for t in ts] for ts in tensors]
-    except (AttributeError, RuntimeError, TypeError): return None
+): # Takes all tensors and tells if nothing but addresses is different; `None` if there is no such function
+    "PyTorch's own check whether tensors are of the kind that they are now"
+    try: return torch._C._dynamo.guards.TensorGuards(*chain(*tensors), dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except Exception: return None
+
+def remembered(
+    seen:Probe, # What was found
+    *tensors:list, # Where it was found
+) -> Probe:
+    "`seen`, with the check that tells whether it still holds"
+    return seen if (seen.reasons == UNREADABLE).any() else replace(seen, holds=guards_of(*tensors))
+
+def recalled(
+    last:Probe, # What was found the last time, or `None`
+    *tensors:list, # Parameters, gradients and slots: lists of tensors
+) -> Probe|None: # `None` if `probe` has to look
+    "What was found the last time, with other addresses if something moved"
+    if last is None or last.holds is None or len(last.table) != len(tensors[0]) or not last.holds(*chain(*tensors)): return None
+    addresses = np.array(list(map(Tensor.data_ptr, chain(*tensors))), np.int64).reshape(len(tensors), -1).T
+    addresses[last.reasons != OK] = 0
+    if np.array_equal(addresses, last.addresses): return last
+    return replace(last, table=np.concatenate([last.kinds, addresses], 1))
 
 # %% ../../nbs/optimizer.probe.ipynb #4968bd5b
 @dataclass(frozen=True)

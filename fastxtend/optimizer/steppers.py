@@ -58,7 +58,7 @@ MATH = dict(sqrt=sqrt, exp=exp, log=log, abs=abs, sign=sign, minimum=minimum, ma
 @dataclass(frozen=True)
 class Slot:
     "A tensor of the parameter's shape that is kept between steps"
-    start:float=0. # Its value before the first step
+    start:float|str=0. # Its value before the first step, or `'p'`: that of the parameter
     signed:bool=True # Can it be negative?
     lent:bool=False # Does it belong to somebody else, who lends it for the step? If not, it is in the state of the parameter
 
@@ -422,10 +422,9 @@ def compose(
 _composed = {} # Engines keep machine code by stage, so equal lists have to be one composition
 
 def _check_names(uses, what):
-    "`CompositionError` if a stepper is called as another, or as something that is given: a joined function knows both by their names"
-    functions, given = {}, {n for u in uses for n in u.gives}
+    "`CompositionError` if two steppers have one name: compilers and readers would take one for the other"
+    functions = {}
     for f in (u.f for u in uses):
-        if f.__name__ in given: raise CompositionError(f"{what}: '{f.__name__}' is a stepper, and something that a stepper gives: rename one of them")
         if functions.setdefault(f.__name__, f) is not f: raise CompositionError(f"{what}: there are two steppers called `{f.__name__}`: rename one of them")
 
 def _compose(uses, given, name, on):

@@ -36,6 +36,8 @@ class OptimizerSpec:
     hidden:tuple=() # Names of hyperparameters that are no arguments
     foreach_class:type=None # Class of the optimizer with `foreach=True`, if it has a name of its own
     constructor:Callable=None # What users call
+    lr:float=None # A learning rate to begin with, if it is not fastai's
+    fixed:tuple=() # Names of hyperparameters that do not change, whatever a schedule says
     made_by:tuple=None # A function and its arguments that make it again, if it is in no table
 
     def __reduce__(self):

@@ -60,9 +60,9 @@ def add_momentum_(grad_avg:Tensor, g:Tensor, mom:float) -> Tensor:
     return torch.add(g, grad_avg, alpha=mom, out=grad_avg)
 
 @script
-def add_square_(sqr_avg:Tensor, g:Tensor, sqr_mom:float, sqr_damp:float):
-    "Exponential moving average of the square of `g`, in place: small tensors in the fewest operations, large ones without a temporary"
-    if g.numel() < 16384: sqr_avg.lerp_(g*g, sqr_damp)
+def add_square_(sqr_avg:Tensor, g:Tensor, sqr_mom:float, sqr_damp:float, zero:Tensor):
+    "Exponential moving average of the square of `g`, in place: small tensors without making a tensor of a number, large ones without a temporary"
+    if g.numel() < 16384: torch.add(torch.addcmul(zero, g, g, value=sqr_damp), sqr_avg, alpha=sqr_mom, out=sqr_avg)
     else: sqr_avg.mul_(sqr_mom).addcmul_(g, g, value=sqr_damp)
 
 @script
@@ -76,10 +76,10 @@ def norm(t:Tensor) -> Tensor:
     return t.float().norm() if t.element_size() < 4 else t.norm()
 
 @script
-def moments_(g:Tensor, grad_avg:Tensor, sqr_avg:Tensor, damp:float, sqr_mom:float, sqr_damp:float):
+def moments_(g:Tensor, grad_avg:Tensor, sqr_avg:Tensor, damp:float, sqr_mom:float, sqr_damp:float, zero:Tensor):
     "Exponential moving averages of `g` and of its square, in place"
     grad_avg.lerp_(g, damp)
-    add_square_(sqr_avg, g, sqr_mom, sqr_damp)
+    add_square_(sqr_avg, g, sqr_mom, sqr_damp, zero)
 
 # %% ../../nbs/optimizer.torchscript.ipynb #6c6d1c84
 @script
@@ -96,10 +96,10 @@ def sgd_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], decay:Li
 def rmsprop_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg:List[Tensor], decay:List[float], l2:List[float],
                      mom:List[float], sqr_mom:List[float], sqr_damp:List[float], lr:List[float], eps:List[float]):
     "RMSProp (Hinton, 2012), with momentum if there is a `grad_avg`"
-    one = torch.ones([])
+    one, zero = torch.ones([]), torch.zeros([], dtype=p[0].dtype, device=p[0].device)
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        add_square_(sqr_avg[i], grad, sqr_mom[i], sqr_damp[i])
+        add_square_(sqr_avg[i], grad, sqr_mom[i], sqr_damp[i], zero)
         if len(grad_avg) > 0: grad = add_momentum_(grad_avg[i], grad, mom[i])
         weight_decay_(p[i], decay[i]).addcdiv_(grad, root(sqr_avg[i], eps[i], one), value=-lr[i])
 
@@ -108,10 +108,10 @@ def rmsprop_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_
 def adam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg:List[Tensor], decay:List[float], l2:List[float],
                   mom:List[float], damp:List[float], sqr_mom:List[float], sqr_damp:List[float], step_size:List[float], eps:List[float]):
     "Adam (Kingma & Ba, 2014)"
-    one = torch.ones([])
+    one, zero = torch.ones([]), torch.zeros([], dtype=p[0].dtype, device=p[0].device)
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i], zero)
         weight_decay_(p[i], decay[i]).addcdiv_(grad_avg[i], root(sqr_avg[i], eps[i], one), value=-step_size[i])
 
 # %% ../../nbs/optimizer.torchscript.ipynb #06851423
@@ -120,10 +120,10 @@ def radam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_av
                    mom:List[float], damp:List[float], sqr_mom:List[float], sqr_damp:List[float],
                    rectified:List[float], step_size:List[float], sqr_scale:List[float], eps:List[float], beta:List[float]):
     "RAdam (Liu et al., 2019), with the softplus of SAdam (Tong et al., 2019) where `beta` is not zero"
-    one = torch.ones([])
+    one, zero = torch.ones([]), torch.zeros([], dtype=p[0].dtype, device=p[0].device)
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i], zero)
         weight_decay_(p[i], decay[i])
         if rectified[i] == 0.: p[i].add_(grad_avg[i], alpha=-step_size[i])
         else:
@@ -148,10 +148,10 @@ def qhadam_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_a
                     mom:List[float], damp:List[float], sqr_mom:List[float], sqr_damp:List[float],
                     g_coef:List[float], avg_coef:List[float], sqr_g_coef:List[float], sqr_avg_coef:List[float], eps:List[float]):
     "QHAdam (Ma & Yarats, 2018)"
-    one = torch.ones([])
+    one, zero = torch.ones([]), torch.zeros([], dtype=p[0].dtype, device=p[0].device)
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i], zero)
         denom = sqr_avg[i].mul(sqr_avg_coef[i])
         if sqr_g_coef[i] != 0.: denom.addcmul_(grad, grad, value=sqr_g_coef[i])
         denom.sqrt_().add_(one, alpha=eps[i])
@@ -180,10 +180,10 @@ def lamb_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
                   mom:List[float], damp:List[float], sqr_mom:List[float], sqr_damp:List[float], scale:List[float], eps:List[float],
                   lr:List[float], max_ratio:List[float]):
     "LAMB (You et al., 2019)"
-    one = torch.ones([])
+    one, zero = torch.ones([]), torch.zeros([], dtype=p[0].dtype, device=p[0].device)
     for i in range(len(p)):
         grad = l2_reg(p[i], g[i], l2[i])
-        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i])
+        moments_(grad, grad_avg[i], sqr_avg[i], damp[i], sqr_mom[i], sqr_damp[i], zero)
         update = root(sqr_avg[i], eps[i], one)
         torch.div(grad_avg[i], update, out=update)
         p_norm, u_norm = float(norm(weight_decay_(p[i], decay[i]))), scale[i]*float(norm(update))

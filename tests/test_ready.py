@@ -1,0 +1,244 @@
+"What a step does when something it would like to have is missing, and what it does not do again when nothing has changed"
+from collections import Counter
+
+import pytest
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common import *
+from test_parity import VARIANTS, show
+
+from fastxtend.optimizer import core, plan, probe
+from fastxtend.optimizer.all import Adam
+
+MIXED = [(5, 7), (10,), (), (0,), (8, 3, 3, 3)]
+
+COMPILED = plan.compiled
+
+def spy(monkeypatch, module, name):
+    "Counts the calls of a function"
+    f, calls = getattr(module, name), []
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return f(*args, **kwargs)
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+@pytest.fixture
+def looks(monkeypatch):
+    "Calls of the slow look at all tensors, where there is no compiled one"
+    monkeypatch.setattr(plan, 'compiled', lambda: None)
+    return spy(monkeypatch, plan, 'probe')
+
+# --- A look in Python
+
+@pytest.mark.parametrize('name', NAMES)
+def test_python_looks_once(name, looks, monkeypatch):
+    "As long as only addresses are new, nothing is asked again; and the numbers are those of the compiled look"
+    def run():
+        params, counts = make_params(MIXED), []
+        opt = build(name, split(params, 2), 'fused')
+        for gs in make_grads(tuple(MIXED), steps=8): # made anew for each step
+            step_with(opt, params, gs)
+            counts.append(len(looks))
+        return snapshot(opt, params), counts
+    slow, counts = run()
+    assert 0 < counts[0] <= 2 # before and after slots are made
+    assert counts[-1] - counts[0] == OPTIMIZERS[name].has_lookahead # which has two kinds of steps
+    monkeypatch.setattr(plan, 'compiled', COMPILED)
+    assert_same(slow, run()[0])
+
+CHANGES = dict(
+    moved=(0, lambda p: p.data.clone()), transposed=(1, lambda p: p.data.t().contiguous().t()), double=(1, lambda p: p.data.double()),
+    expanded=(1, lambda p: p.data[:1].expand(5, 7)))
+
+@pytest.mark.parametrize('what', CHANGES)
+def test_python_looks_again(what, looks):
+    "Whatever else changes is seen: what is found is what a fresh look finds"
+    expected, change = CHANGES[what]
+    params = make_params(MIXED)
+    opt = build('Adam', params, 'fused')
+    train(opt, params, make_grads(tuple(MIXED), steps=2))
+    before = len(looks)
+    params[0].data = change(params[0])
+    set_grads(params, [torch.ones_like(p) for p in params])
+    batch = opt.gather()
+    last = opt._plans[batch.composition].seen
+    with torch.no_grad(): seen = plan.look(batch, last)
+    assert (len(looks) > before) == bool(expected)
+    assert (seen.table == probe.probe(*batch.tensors()).table).all()
+    if not expected: assert (seen.table != last.table).any()
+
+def test_python_looks_at_strange_tensors(looks):
+    "What the check cannot take is looked at each time"
+    params = [torch.ones(3), torch.ones(3)]
+    opt = build('SGD', params, 'fused', mom=0.)
+    for t in range(3):
+        params[0].grad, params[1].grad = torch.ones(3), torch._neg_view(torch.ones(3))
+        opt.step()
+    assert len(looks) >= 3
+    assert torch.equal(params[0], torch.full((3,), .97)) and torch.equal(params[1], torch.full((3,), 1.03))
+
+# --- Sets of parameters with gradients that change
+
+@pytest.mark.parametrize('way', ('foreach', 'fused'))
+def test_sets_that_take_turns(way, monkeypatch):
+    "Of two heads that are trained in turns, layout and plan are made once each; and the numbers are native's"
+    layouts = spy(monkeypatch, core.Layout, 'of')
+    def run(way, steps=12):
+        params, counts = make_params(MIXED*2), []
+        opt = build('Adam', split(params, 2), way)
+        for t,gs in enumerate(make_grads(tuple(MIXED*2), steps=steps)):
+            step_with(opt, params, [g if (i < 5) == t%2 else None for i,g in enumerate(gs)])
+            counts.append((len(layouts), len({id(part.prepared) for plan in plans_of(opt) for part in plan.parts})))
+        return snapshot_without_grads(lambda opt, params: None, opt, params), counts
+    got, counts = run(way)
+    assert counts[3:] == [counts[3]]*len(counts[3:])
+    assert_same(run('native')[0], got, TOLERANCE[way])
+
+def plans_of(opt): return [plan for _,plans in getattr(opt, '_layouts', {}).values() for plan in plans.values()]
+
+def test_many_sets_are_forgotten():
+    "Only the last few are kept"
+    params = make_params([(3,)]*20)
+    opt = build('SGD', params, 'fused', mom=0.)
+    for i in range(20):
+        set_grads(params, [torch.ones(3) if j == i else None for j in range(20)])
+        opt.step()
+    assert len(opt._layouts) == core.SETS
+
+# --- Layouts in memory that change
+
+@pytest.mark.parametrize('name', NAMES)
+def test_slots_are_laid_out_anew(name, monkeypatch):
+    "A model that goes to `channels_last` in the middle of training stays with the kernels, its slots are the same tensors, and the numbers are native's"
+    shapes, copies = [(8, 3, 3, 3), (4,)], spy(monkeypatch, core, 'lay_out')
+    def run(way):
+        params = make_params(shapes)
+        opt = build(name, params, way)
+        for t,gs in enumerate(make_grads(tuple(shapes), steps=8)):
+            if t == 3:
+                before = [id(x) for x in opt.state[params[0]].values() if torch.is_tensor(x)]
+                params[0].data = params[0].data.to(memory_format=torch.channels_last)
+            for p,g in zip(params, gs): p.grad = torch.empty_like(p).copy_(g)
+            opt.step()
+        if way == 'fused':
+            names = [n for n,x in opt.state[params[0]].items() if torch.is_tensor(x) and x.ndim]
+            assert all(opt.state[params[0]][n].stride() == params[0].stride() for n in names)
+            assert set(before) == {id(x) for x in opt.state[params[0]].values() if torch.is_tensor(x)}
+            assert {r.backend for r in opt.backend_report()} == {'numba'}
+        for p in params: # sums, and what is kept of them, are added up in another order
+            for n in opt.state[p].keys() & set(OPTIMIZERS[name].composition().kept): del opt.state[p][n]
+        return snapshot_without_grads(lambda opt, params: None, opt, params)
+    fused = run('fused')
+    assert len(copies) <= 4 # when slots are made, when the layout changes, and as often for slow weights
+    assert_same(run('native'), fused, TOLERANCE['fused'])
+
+def test_gradients_are_not_laid_out_anew():
+    "PyTorch makes gradients in the layout of their parameter, however they are cleared; one that is not goes to ForEach, is not changed, and is reported"
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8*36, 2))
+    params = list(model.parameters())
+    opt = build('Adam', params, 'fused')
+    for t,none in enumerate((False, True, False, True)):
+        if t == 1: model.to(memory_format=torch.channels_last)
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert all(p.grad.stride() == p.stride() for p in params)
+        opt.step()
+        assert {r.backend for r in opt.backend_report()} == {'numba'}
+        model.zero_grad(set_to_none=none)
+    grad = params[0].grad = torch.randn(8, 3, 3, 3)
+    opt.step()
+    assert params[0].grad is grad and grad.is_contiguous()
+    (odd,) = [r for r in opt.backend_report() if r.backend == 'foreach']
+    assert 'layout' in odd.reason
+
+# --- Autograd
+
+@pytest.mark.parametrize('name,way', [(name, way) for name in NAMES for way in ways(name)])
+def test_graph_survives_a_step(name, way):
+    "A step between two backward passes of one graph: all go on as native does, with the new weights, also in the step in which Lookahead synchronises"
+    def run(way):
+        torch.manual_seed(0)
+        x, params = torch.randn(4, 5), [p.requires_grad_() for p in make_params([(5, 6), (6, 3)])]
+        opt = build(name, params, way, lr=.1)
+        for _ in range(7):
+            loss = ((x @ params[0]).tanh() @ params[1]).square().mean()
+            loss.backward(retain_graph=True)
+            versions = [p._version for p in params]
+            opt.step()
+            assert [p._version for p in params] == versions
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+        return snapshot_without_grads(lambda opt, params: None, opt, params)
+    assert_same(run('native'), run(way), 20*TOLERANCE[way])
+
+# --- No compiler
+
+def test_without_a_compiler(monkeypatch):
+    "Triton needs a C compiler: without one, parameters go to ForEach, once it is said what to install, and the numbers and step counts are native's"
+    pytest.importorskip('triton')
+    def engine(): raise RuntimeError('Failed to find C compiler')
+    from fastxtend.optimizer import cuda
+    monkeypatch.setattr(cuda, 'engine', engine)
+    monkeypatch.setitem(plan.ENGINES, 1, 'cuda')
+    for f in (plan.kernels_for, plan.warn_once): f.cache_clear()
+    grads = make_grads(tuple(MIXED), steps=3)
+    try:
+        (ref, ref_params), (opt, params) = ((build('Adam', ps, way), ps) for way in ('native', 'fused') for ps in [make_params(MIXED)])
+        train(ref, ref_params, grads)
+        with pytest.warns(UserWarning) as said: train(opt, params, grads)
+        (text,) = [str(o.message) for o in said if 'no kernel' in str(o.message)]
+        assert 'gcc python3-dev' in text and 'Failed to find C compiler' in text
+        assert {r.backend for r in opt.backend_report()} == {'foreach'}
+        assert_same(snapshot(ref, ref_params)['params'], snapshot(opt, params)['params'], TOLERANCE['foreach'])
+        assert_same(states(ref, ref_params), states(opt, params), TOLERANCE['foreach'])
+    finally:
+        for f in (plan.kernels_for, plan.warn_once): f.cache_clear()
+
+def test_the_compiler_is_tried(monkeypatch):
+    "The engine for GPUs makes Triton compile what it needs at once"
+    triton = pytest.importorskip('triton')
+    from fastxtend.optimizer import cuda
+    class Broken:
+        @property
+        def utils(self): raise RuntimeError('Failed to find C compiler')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(triton.runtime.driver, '_active', Broken())
+    if triton.knobs.runtime.interpret: return
+    with pytest.raises(RuntimeError, match='compiler'): cuda.engine.__wrapped__()
+
+# --- ForEach on a GPU that is not there
+
+class Transfers(TorchDispatchMode):
+    "Counts operations that take or give a tensor on the CPU: each is an upload, or waits for the GPU"
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        if any(torch.is_tensor(t) and t.device.type == 'cpu' for t in tree_leaves((args, kwargs, res))): self.seen[str(func)] += 1
+        return res
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('name,kwargs', [pytest.param(n, {}, id=n) for n in NAMES] + [pytest.param(n, k, id=f'{n}-{show(k)}') for n,k,ways in VARIANTS if 'foreach' in ways])
+def test_foreach_waits_once_on_a_gpu(name, kwargs, dtype, monkeypatch):
+    "On CUDA nothing is uploaded, scalars that differ neither, and the norms of all parameters are read at once (shown on tensors without data)"
+    waits = []
+    def tolist(t):
+        waits.append(t.shape)
+        return [[1.]*t.shape[1]]*t.shape[0]
+    monkeypatch.setattr(FakeTensor, 'tolist', tolist)
+    monkeypatch.setattr(plan, 'find_tangled', lambda *args: []) # all of them have the address 0
+    with FakeTensorMode():
+        params = [torch.empty(s, device='cuda', dtype=dtype) for s in ((5, 7), (10,), (), (3, 3))]
+        opt = build(name, split(params, 2), 'foreach', **{'lr': slice(1e-3, 1e-1), **kwargs})
+        opt.state[params[0]]['do_wd'] = False
+        for p in params: p.grad = torch.empty_like(p)
+        opt.step()
+        for _ in range(6): # the slow weights of Lookahead are made in the first step, and meet the others in the sixth
+            waits.clear()
+            with Transfers() as transfers: opt.step()
+            assert not transfers.seen and len(waits) == len(opt.composition().stages) - 1
