@@ -653,6 +653,7 @@ def assert_unchanged(before, after, what):
     for k,t in before[1].items(): assert torch.equal(t.nan_to_num(), after[1][k].nan_to_num()) and torch.equal(t.isnan(), after[1][k].isnan()), f"{what}: {k} changed"
     assert equal(before[2], after[2]), what
 
+@pytest.mark.skipif('ADVERSARY_SEQUENCES' not in os.environ, reason='takes minutes: set ADVERSARY_SEQUENCES, as `make soak` does')
 def test_adversary():
     counts.clear()
     with threads(1):
