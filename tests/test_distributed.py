@@ -4,6 +4,8 @@ from unittest.mock import patch
 
 import pytest
 from common import *
+
+EIGHT = tuple(n for n in NAMES if SOAK or OPTIMIZERS[n].native is not None) # all of them in a soak test
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 from fastxtend.optimizer import plan
 from fastxtend.optimizer.plan import SHARDED
@@ -231,16 +233,16 @@ def launch(folder, **tasks):
 
 def test_two_processes(tmp_path):
     with_triton = dict(interpreted=['Adam', 'Ranger']) if has_triton() else {}
-    launch(tmp_path, ddp=NAMES, fsdp=NAMES, wide=['Adam', 'Lamb'], partly=NAMES, twice=NAMES, **with_triton)
+    launch(tmp_path, ddp=EIGHT, fsdp=EIGHT, wide=['Adam', 'Lamb'], partly=EIGHT, twice=EIGHT, **with_triton)
 
 def test_distrib_ctx(tmp_path):
     pytest.importorskip('accelerate')
-    launch(tmp_path, distrib_ctx=NAMES)
+    launch(tmp_path, distrib_ctx=EIGHT)
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
     dist.init_process_group('gloo')
     for task,names in (arg.split(':') for arg in sys.argv[1:]):
         for name in names.split(','):
-            for way in BACKENDS: print(task, name, way, TASKS[task](name, way), flush=True)
+            for way in ways(name, BACKENDS): print(task, name, way, TASKS[task](name, way), flush=True)
     dist.destroy_process_group()

@@ -230,9 +230,8 @@ def test_attached(name, most, launches, monkeypatch):
             else: torch._foreach_lerp_(average, params, .1)
         if way == 'fused': norm = torch.tensor(opt.grad_norm)
         return dict(average=average, norm=norm, **{k: v for k,v in snapshot(opt, params).items() if k not in ('grads', 'hypers')})
-    native = run('native', 1)
     for n_groups in (1, 3):
-        assert_same(native, run('fused', n_groups), 4*TOLERANCE['fused'])
+        assert_same(run('native', n_groups), run('fused', n_groups), 4*TOLERANCE['fused'])
         stages = len(compose([clip_gradients, *picked(OPTIMIZERS[name].steppers(), frozenset())]).stages)
         assert launches == dict(step_kernel=steps, sums_kernel=(stages - 1)*steps)
         if name == 'Adam': assert stages == 2
@@ -482,7 +481,8 @@ def test_machine_code(kernel, arch, dtype):
     adds, known = bool(composition.stages[at].sums), constants(composition, at, dtype)
     code = compile_ahead(sums_kernel if adds else step_kernel, known, arch)
     assert code.spilled == 0
-    assert code.registers <= 96 # so that five programs fit on a multiprocessor
+    if not kernel.endswith('attached'): assert code.registers <= 96 # so that five programs fit on a multiprocessor
+    else: assert 65536//(code.registers*32*cuda.WARPS)*len(composition.stages[at].tensors)*known['BLOCK']*dtype.itemsize >= 20*1024 # bytes under way
     read = len(composition.stages[at].tensors)
     written = 0 if adds else known['n_tensors'] - 1 + known['clear']
     wide = 'v2.b64' if dtype == torch.float64 else 'v4.b32'

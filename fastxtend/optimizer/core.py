@@ -123,7 +123,10 @@ class FastOptimizer(Optimizer):
 
     def set_hyper(self, k, v):
         "Set a hyperparameter of each group; what is fixed stays as it was when the optimizer was built"
-        if k not in getattr(getattr(self, 'spec', None), 'fixed', ()): super().set_hyper(k, v)
+        kept = [h.get(k) for h in self.hypers]
+        super().set_hyper(k, v)
+        if k in getattr(getattr(self, 'spec', None), 'fixed', ()):
+            for h,was in zip(self.hypers, kept): h[k] = was
 
     def forget(self):
         "What can be found again: compositions, layout and plans; and what belongs to one step: attachments, and sums over the model"

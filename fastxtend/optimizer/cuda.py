@@ -211,7 +211,7 @@ def _terms(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, n_own:t
     mask = _inside(at, size, BLOCK) if masked else None
     found = stage(*_load_block(_pointers(param, at, n, dtype, BLOCK, masked), mask, n, compute), *scalars)
     terms = ()
-    for i in tl.static_range(n_own): terms = terms + (tl.where(mask, found[i], 0.).to(compute) if masked else found[i],)
+    for i in tl.static_range(n_own): terms = terms + (tl.where(mask, found[i], 0.).to(compute) if masked else found[i].to(compute),)
     return terms
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .plan import Engine, Part, Work
-from .probe import DTYPE, UNREADABLE, Probe, is_dense, is_sharded
+from .probe import Probe, is_dense, is_sharded
 from .steppers import MATH, Composition, Stage, compile_function, compile_stage
 from .table import step_args, unwrapped
 
@@ -187,6 +187,11 @@ def norms(
     "The norm of each, in float32 at least"
     return torch._foreach_norm(ts, 2, dtype=torch.float32) if ts[0].dtype.itemsize < 4 else torch._foreach_norm(ts)
 
+def _is_odd(batch):
+    "Are tensors of different dtypes, or bytes not what they say?"
+    ts = [t for ts in batch.tensors() for t in ts]
+    return not any(map(is_sharded, ts)) and any(t.dtype != ts[0].dtype or t.is_neg() or t._is_zerotensor() for t in ts)
+
 def _plainly(batch):
     "`batch` in tensors of one dtype, of 32 bits at least, whose bytes are their elements: copies where they are not"
     dtype = torch.float64 if any(t.dtype == torch.float64 for ts in batch.tensors() for t in ts) else torch.float32
@@ -215,8 +220,8 @@ class ListEngine(Engine):
 
     def begin(self, part, batch, seen):
         batch, written = batch.take(part.idxs), knows(self.step, batch.composition)
-        odd = np.isin(seen.reasons[part.idxs], (DTYPE, UNREADABLE)).any() and not any(map(is_sharded, batch.params))
-        narrow = batch.params[0].dtype.itemsize < 4 and (self.widen or not written)
+        odd = seen.reasons[part.idxs].any() and _is_odd(batch)
+        narrow = batch.params[0].dtype.itemsize < 4 and (self.widen or not written or bool(batch.composition.sums))
         stepped = _plainly(batch) if odd or narrow else batch
         return (WrittenWork if written else ListWork)(self, stepped, batch)
 
