@@ -62,8 +62,9 @@ def assert_close(a, b, eps):
         worst = max(worst, assert_same(a.ema.average, b.ema.average, eps))
     return worst
 
-# Training is a loop: what is rounded otherwise in one step is a little different in the next. Measured: 5e-15 and 3e-6.
-WITHIN = {torch.float64: 1e-10, torch.float32: 2e-5}
+# Training is a loop: what is rounded otherwise in one step is a little different in the next. Measured: 5e-15, and in float32 3e-6 but for MARS,
+# which has 2.1e-5 (and 1.7e-5 when fastai clips before the fused step: it is the difference of two gradients that magnifies what was rounded).
+WITHIN = {torch.float64: 1e-10, torch.float32: 5e-5}
 
 @pytest.mark.parametrize('dtype', WITHIN, ids=['float64', 'float32'])
 @pytest.mark.parametrize('name', NAMES)

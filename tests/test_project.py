@@ -109,7 +109,7 @@ def test_no_address_is_invented(settings):
     "No file has an address of a repository of ours but settings.ini"
     files = subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True, text=True)
     if files.returncode: pytest.skip("not a git repository")
-    found = [o for o in files.stdout.split('\0') if Path(o).suffix not in ('', '.png', '.pt', '.csv', '.ini')
+    found = [o for o in files.stdout.split('\0') if Path(o).suffix not in ('', '.png', '.csv', '.ini', '.pt')
              and re.search(r'git(hub|lab)\.(com|io)/[\w.-]*fastxtend|fastxtend\.github\.io', (root/o).read_text(encoding='utf-8'))]
     assert found == []
 
@@ -118,7 +118,7 @@ def test_what_is_built(settings, metadata):
     for field in (f"Name: {settings['lib_name']}", f"Version: {settings['version']}", f"Summary: {settings['description']}",
                   f"Requires-Python: >={settings['min_python']}", 'License: Apache-2.0'):
         assert re.search(f'^{re.escape(field)}$', fields.replace('License-Expression', 'License'), re.M), field
-    assert set(re.findall('^Provides-Extra: (.*)$', fields, re.M)) == {'fused', 'bench', 'docs', 'test', 'dev', 'all'}
+    assert set(re.findall('^Provides-Extra: (.*)$', fields, re.M)) == {'fused', 'bench', 'docs', 'peers', 'test', 'dev', 'all'}
     assert required[:len(settings['requirements'].split())] == settings['requirements'].split()
     assert dict(entries['nbdev']) == {'fastxtend': 'fastxtend._modidx:d'}
     scripts = dict(o.split('=') for o in settings['console_scripts'].split())
@@ -141,9 +141,9 @@ def test_console_scripts_exist(settings):
         assert name in {getattr(o, 'name', None) for o in tree.body}, script
 
 def test_every_requirement_is_pinned(settings):
-    "`constraints.txt` says which versions of what we ask for are tested"
+    "`constraints.txt` says which versions of what we ask for are tested; peers are pinned where they are asked for"
     pinned = {l.split('==')[0].lower() for l in (root/'constraints.txt').read_text().splitlines() if '==' in l}
-    asked = ' '.join(settings[k] for k in settings if k.endswith('requirements') and not k.startswith('docs')).split()
+    asked = ' '.join(settings[k] for k in settings if k.endswith('requirements') and not k.startswith(('docs', 'peers'))).split()
     missing = {re.split('[<>=]', o)[0].lower() for o in asked} - pinned
     assert not missing
 
