@@ -88,6 +88,6 @@ def optimizer_table(
 ) -> Markdown:
     "All optimizers of the library: what each does, and what it keeps and costs"
     docs = {n: with_links(spec.constructor.__doc__, page_of(spec)[1]) for n,spec in OPTIMIZERS.items()}
-    if short: return _table(('optimizer', 'helper', 'what it is'), [(_link(spec), f'`{n.lower()}`', docs[n]) for n,spec in OPTIMIZERS.items()])
+    if short: return _table(('optimizer', 'helper', 'what it is'), [(_link(spec), f'`{spec.constructor.helper.__name__}`', docs[n]) for n,spec in OPTIMIZERS.items()])
     return _table(('optimizer', 'in one sentence', 'state', 'kernels a step', 'bytes an element', '`jit`'), [
         (_link(spec), docs[n], _state(spec), len(spec.composition().stages), bytes_moved(spec), 'yes' if spec.jit else 'no') for n,spec in OPTIMIZERS.items()])

@@ -276,7 +276,7 @@ class Graph:
 @pytest.mark.parametrize('name', [n for n in NAMES if not OPTIMIZERS[n].has_lookahead]) # slow weights are synchronised in some steps only
 def test_captured_and_replayed(name, monkeypatch):
     "A replayed step has the learning rate, momentum and step counts of its own time, not those of the capture"
-    shapes, graph = [(5, 7), (10,), ()], Graph(monkeypatch)
+    shapes, graph = [(5, 7), (7, 5), (10,), ()], Graph(monkeypatch)
     (ref, ref_params), (opt, params) = ((build(name, split(ps, 2), way), ps) for way in ('native', 'fused') for ps in [make_params(shapes)])
     ref_anneal, anneal = one_cycle(ref), one_cycle(opt)
     for t,gs in enumerate(make_grads(tuple(shapes), steps=5)):
