@@ -43,13 +43,13 @@ def batch_of(n):
 
 def fit_loop(way, path, room):
     "A plain loop, in which all optimizers train a model of their own"
-    runs = {name: net() for name in NAMES}
+    runs = {name: net() for name in NAMES if way in ways(name)}
     opts = {name: build(name, list(m.parameters()), way) for name,m in runs.items()}
     anneals, first, loss_func = [one_cycle(o) for o in opts.values()], 0, CrossEntropyLossFlat()
     if path.exists():
         saved = load(path)
         first = saved['epoch']
-        for name in NAMES:
+        for name in runs:
             runs[name].load_state_dict(saved['models'][name])
             opts[name].load_state_dict(saved['opts'][name])
     for epoch in range(first, EPOCHS):

@@ -123,10 +123,9 @@ class FastOptimizer(Optimizer):
 
     def set_hyper(self, k, v):
         "Set a hyperparameter of each group; what is fixed stays as it was when the optimizer was built"
-        kept = [h.get(k) for h in self.hypers]
-        super().set_hyper(k, v)
-        if k in getattr(getattr(self, 'spec', None), 'fixed', ()):
-            for h,was in zip(self.hypers, kept): h[k] = was
+        if k not in getattr(getattr(self, 'spec', None), 'fixed', ()): return super().set_hyper(k, v)
+        n = len(v) if is_listy(v) or getattr(v, 'ndim', 0) else 1
+        assert n in (1, len(self.hypers)), f"Trying to set {n} values for {k} in the optimizer but there are {len(self.hypers)} parameter groups."
 
     def forget(self):
         "What can be found again: compositions, layout and plans; and what belongs to one step: attachments, and sums over the model"
