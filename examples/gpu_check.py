@@ -24,6 +24,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from fastxtend.benchmark.phase import PhaseContest, phase_row
 from fastxtend.benchmark.report import frame, machine, markdown_table, number, save_plots
 from fastxtend.benchmark.steps import Contest, choose, hypers_of, optimizer_name
 from fastxtend.optimizer import cuda, kernels, plan
@@ -39,6 +40,7 @@ class Cuda:
     "The GPU"
     name, device, shapes = 'triton', torch.device('cuda'), [(64, 3, 7, 7), (64,), (), (0,), (33, 77), (1000, 1025), (5,)]
     models, rest, seconds, queued = ('DeBERTa-base', 'XResNet18'), ('XResNet50', 'ViT-S/16', 'ConvNeXt-Tiny', 'tiny'), 2., 50
+    turn = .005 # Least seconds of what is timed at once
     def sync(self): torch.cuda.synchronize()
 
     def launches(self, step):
@@ -94,6 +96,7 @@ class Cuda:
 class Interpreted(Cuda):
     "Triton's interpreter on tensors of the CPU: checks that the script runs"
     device, shapes, seconds, queued = torch.device('cpu'), [(8, 3, 3, 3), (5,), (), (0,), (33, 40)], 0., 3
+    turn = 1e-4
     models, rest = ('2x40',), ('1x10',)
     def __init__(self):
         from triton.runtime.interpreter import GridExecutor
@@ -245,7 +248,10 @@ def launched(names):
             for t in range(3): set_grads(params, [torch.ones_like(p) for p in params]); opt.step()
             found, copies = gpu.launches(opt.step)
             row = dict(optimizer=name, groups=n, kernels=found, copies=copies)
-            if not INTERPRET: row['native'] = gpu.launches(build(name, in_groups(params, n)).step)[0]
+            if not INTERPRET:
+                native = build(name, in_groups(params, n))
+                native.step()
+                row['native'] = gpu.launches(native.step)[0]
             if found != stages_of(name) or copies > 1: wrong.append(f'{name}, {n} groups')
             yield row
     check(not wrong, f"Too many launches: {', '.join(wrong)}")
@@ -263,7 +269,7 @@ def no_waits(names):
 
 def graphs(names):
     """A step captured once and replayed gives native's numbers, with learning rates and step counts of its own time, also after
-    `load_state_dict`; one with another row is refused. Distance in eps"""
+    `load_state_dict`; one with other parameters is refused. Distance in eps"""
     wrong = []
     for name in names:
         if OPTIMIZERS[name].has_lookahead: continue
@@ -284,7 +290,7 @@ def graphs(names):
                 graph.replay()
             if t == 3: opt.load_state_dict(opt.state_dict())
         worst = max(map(distance, ref_params, params))
-        opt.state[params[0]]['do_wd'] = False
+        params[0].grad = None
         try: opt.refresh()
         except RuntimeError: refused = True
         else: refused = False
@@ -396,7 +402,7 @@ def without_compiled_look():
 def time_one(model, optimizer, dtype, peers=PEERS, seconds=None, groups=1):
     "Race all contestants, then ask each what a step costs the host and the device"
     peers = [p for p in peers if not INTERPRET or p in ('native', 'fused')]
-    contest = Kept(model, optimizer, peers, groups, str(gpu.device), dtype, turn=1e-4 if INTERPRET else .005)
+    contest = Kept(model, optimizer, peers, groups, str(gpu.device), dtype, turn=gpu.turn)
     results = contest.run(gpu.seconds if seconds is None else seconds)
     for r in results: r.host_ms, r.device_ms = gpu.timed(contest.steppers[r.backend])
     if 'fused' in contest.steppers:
@@ -420,14 +426,18 @@ def groups_cost(names):
     "Adam in ten groups, and in one"
     for n in (1, 2 if INTERPRET else 10): yield from time_one(gpu.models[-1], 'Adam', torch.float32, ('fused',), groups=n)
 
-def zero_grad(names):
-    "Milliseconds on the host and on the device to clear all gradients"
-    params = make_params(shapes=Contest(gpu.models[-1], 'Adam', ['fused']).shapes)
-    opt = build('Adam', params, 'fused')
-    set_grads(params, grads_of(params, 0))
-    for what,f in {'as fastai does': opt.zero_grad, 'all in one call': lambda: torch._foreach_zero_([p.grad for p in params if p.grad is not None])}.items():
-        host, device = gpu.timed(f)
-        yield dict(what=what, host=number(host), device=number(device))
+def one_pass(names):
+    """Clip, step, average and clear gradients in the step: two kernels (the norm, then all the rest), and no wait. Milliseconds of fastai's way,
+    of a fused step with the rest apart, of one pass, of a step alone, and of clearing gradients in fastai's way and in ours"""
+    contest = PhaseContest(gpu.models[-1], 'Adam', str(gpu.device), turn=gpu.turn)
+    step = contest.ways()['one_pass']
+    for _ in range(3): step()
+    found, copies = gpu.launches(step)
+    with gpu.no_waiting(): step()
+    yield f'- {found} kernels, {copies} copies'
+    for model in gpu.models:
+        for name in names: yield {k: number(v) if isinstance(v, float) else v for k,v in phase_row(model, name, PhaseContest(model, name, str(gpu.device), turn=gpu.turn).run(gpu.seconds)).items()}
+    check(found == 2 and copies <= 1, 'Clipping, averaging and clearing take further launches')
 
 def sweep(names):
     "Milliseconds on the device with other blocks and warps. Those in use are marked"
@@ -480,7 +490,7 @@ def one_step():
 
 SECTIONS = {'Versions': versions, 'As fastai native': parity, 'Launches': launched, 'Waiting': no_waits, 'CUDA graphs': graphs,
             'Queued steps and side streams': queued, 'Steps from hooks': from_hooks, 'DDP': distributed, 'float16 with a scaler': half_precision, 'Time': timing,
-            'Ten groups': groups_cost, 'Clearing gradients': zero_grad, 'Blocks and warps': sweep, 'As fastai native: the others': rest_parity, 'Time: the others': rest_timing,
+            'Ten groups': groups_cost, 'One pass': one_pass, 'Blocks and warps': sweep, 'As fastai native: the others': rest_parity, 'Time: the others': rest_timing,
             'Tools': tools}
 
 # --- Goals
@@ -515,7 +525,7 @@ def table(rows):
     "Rows as a Markdown table, lines as they are"
     lines, dicts = [r for r in rows if isinstance(r, str)], [r for r in rows if isinstance(r, dict)]
     header = list(dict.fromkeys(k for r in dicts for k in r))
-    return '\n'.join([*lines, *([markdown_table([[r.get(k, '') for k in header] for r in dicts], header)] if dicts else [])])
+    return '\n\n'.join(filter(None, ['\n'.join(lines), markdown_table([[r.get(k, '') for k in header] for r in dicts], header) if dicts else '']))
 
 def run_section(section, names):
     "What a section found, how it ended, and how long it took"
