@@ -20,6 +20,8 @@ from fastxtend.optimizer.table import OPTIMIZERS, known_slots
 
 WAYS = ('native', *BACKENDS)
 NAMES = tuple(OPTIMIZERS)
+SOAK = bool(os.environ.get('SOAK')) # All combinations of everything, for `make soak`
+WITH_ORACLE = tuple(n for n in NAMES if SOAK or OPTIMIZERS[n].native is not None) # fastai's eight; all of them in a soak test
 
 SMALL = dict(conv=(8, 3, 3, 3), vector=(10,), scalar=(), empty=(0,), matrix=(5, 7))
 SHAPES = {**SMALL, 'big': (BLOCK//400 + 30, 400)}  # its last block is a partial one
@@ -72,13 +74,11 @@ def moms(name):
     "The values of `mom` that make a different optimizer: none is as good as any unless it keeps less state"
     return (0., .9) if slots_of(name, 0.) != slots_of(name) else (.9,)
 
-SOAK = bool(os.environ.get('SOAK')) # All combinations of everything, for `make soak`
-
 def combinations(name, *axes):
     """Combinations of values, one from each axis: all of them for fastai's eight, whose oracle is fastai itself, and in a soak test;
     else few, in which every pair of values occurs"""
     every = list(itertools.product(*axes))
-    if SOAK or OPTIMIZERS[name].native is not None: return every
+    if name in WITH_ORACLE: return every
     def pairs(c): return {(i, c[i], j, c[j]) for j in range(len(c)) for i in range(j)}
     chosen, todo = [], set().union(*map(pairs, every))
     while todo:

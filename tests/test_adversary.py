@@ -2,7 +2,7 @@
 action parameters, state and counters agree, or an optimizer refused and nothing has changed.
 
 `ADVERSARY_SEQUENCES=20000 pytest tests/test_adversary.py` looks longer; `ADVERSARY_KNOWN='negated tensors,conversion'` leaves out what is known to go wrong."""
-import os, pickle
+import os, pickle, pytest
 from collections import Counter, defaultdict
 
 from common import *

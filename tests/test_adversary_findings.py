@@ -7,7 +7,7 @@ from textwrap import dedent
 import pytest
 from common import *
 
-NAMES = tuple(n for n in NAMES if SOAK or OPTIMIZERS[n].native is not None) # all of them in a soak test
+NAMES = WITH_ORACLE
 from torch import nn
 
 each_name = pytest.mark.parametrize('name', NAMES)

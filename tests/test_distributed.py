@@ -5,8 +5,6 @@ from unittest.mock import patch
 import pytest
 from common import *
 
-EIGHT = tuple(n for n in NAMES if SOAK or OPTIMIZERS[n].native is not None) # all of them in a soak test
-from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 from fastxtend.optimizer import plan
 from fastxtend.optimizer.plan import SHARDED
 from torch import distributed as dist, nn
@@ -233,11 +231,11 @@ def launch(folder, **tasks):
 
 def test_two_processes(tmp_path):
     with_triton = dict(interpreted=['Adam', 'Ranger']) if has_triton() else {}
-    launch(tmp_path, ddp=EIGHT, fsdp=EIGHT, wide=['Adam', 'Lamb'], partly=EIGHT, twice=EIGHT, **with_triton)
+    launch(tmp_path, ddp=WITH_ORACLE, fsdp=WITH_ORACLE, wide=['Adam', 'Lamb'], partly=WITH_ORACLE, twice=WITH_ORACLE, **with_triton)
 
 def test_distrib_ctx(tmp_path):
     pytest.importorskip('accelerate')
-    launch(tmp_path, distrib_ctx=EIGHT)
+    launch(tmp_path, distrib_ctx=WITH_ORACLE)
 
 if __name__ == '__main__':
     torch.set_num_threads(1)

@@ -5,9 +5,6 @@
 # %% ../../nbs/callback.clip.ipynb #ccbf4e4e
 from __future__ import annotations
 
-import math
-
-import torch
 from fastai.basics import *
 from fastai.callback import training as fai
 from torch import nn

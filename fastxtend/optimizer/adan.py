@@ -5,7 +5,6 @@
 # %% ../../nbs/optimizer.adan.ipynb #88c8f9e9
 from __future__ import annotations
 
-import math
 from functools import partial
 
 from fastai.torch_basics import *
@@ -14,28 +13,25 @@ from torch import Tensor
 from .declare import StepperOptimizer, helper, optimizer
 from .foreach import ForEachOptimizer
 from .kernels import FusedOptimizer
-from .steppers import apply, average_grad, average_sqr_grad, counter, folded, l2_reg, slot, sqrt, stepper, where
+from .steppers import CORRECTION, FOLDED_EPS, STEP, apply, average_grad, average_sqr_grad, folded, l2_reg, slot, sqrt, stepper, where
 
 # %% auto #0
 __all__ = ['adan', 'difference', 'adan_step', 'remember', 'proximal_decay', 'Adan']
 
 # %% ../../nbs/optimizer.adan.ipynb #61359c14
-def _count(step): return step + 1
 def _first(step): return float(step == 1)
 def _debias(mom, step): return 1 - mom**step
-def _correction(sqr_mom, step): return math.sqrt(1 - sqr_mom**step)
 def _avg_size(lr, mom, step, correction): return lr*correction/(1 - mom**step)
 def _diff_size(lr, diff_mom, step, correction): return lr*diff_mom*correction/(1 - diff_mom**step)
-def _folded_eps(eps, correction): return eps*correction
 def _shrink(lr, wd, do_wd): return 1/(1 + lr*wd) if do_wd else 1.
 
-@stepper('diff ahead', last_grad=slot(), step=counter(_count), first=folded(_first))
+@stepper('diff ahead', last_grad=slot(), step=STEP, first=folded(_first))
 def difference(g, last_grad, first, diff_mom):
     "How the gradient has changed, and where it will be if it goes on"
     diff = where(first, 0*g, g - last_grad)
     return diff, g + diff_mom*diff
 
-@stepper('update', role='update', correction=folded(_correction), avg_size=folded(_avg_size), diff_size=folded(_diff_size), folded_eps=folded(_folded_eps))
+@stepper('update', role='update', correction=CORRECTION, avg_size=folded(_avg_size), diff_size=folded(_diff_size), folded_eps=FOLDED_EPS)
 def adan_step(grad_avg, diff_avg, sqr_avg, avg_size, diff_size, folded_eps):
     "Adam's step with the averaged difference"
     return (avg_size*grad_avg + diff_size*diff_avg)/(sqrt(sqr_avg) + folded_eps)

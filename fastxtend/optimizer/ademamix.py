@@ -14,19 +14,16 @@ from torch import Tensor
 from .declare import StepperOptimizer, helper, optimizer
 from .foreach import ForEachOptimizer
 from .kernels import FusedOptimizer
-from .steppers import apply, average_grad, average_sqr_grad, counter, decay, folded, sqrt, stepper
+from .steppers import CORRECTION, FOLDED_EPS, STEP, apply, average_grad, average_sqr_grad, decay, folded, sqrt, stepper
 
 # %% auto #0
 __all__ = ['ademamix', 'warm_mom', 'ademamix_step', 'AdEMAMix']
 
 # %% ../../nbs/optimizer.ademamix.ipynb #8a7b61c4
-def _count(step): return step + 1
-def _correction(sqr_mom, step): return math.sqrt(1 - sqr_mom**step)
 def _warmth(slow_warmup, step): return min(step/slow_warmup, 1.) if slow_warmup else 1.
 def _half_life(mom): return math.log(.5)/math.log(mom) if mom > 0 else 0.
 def _avg_size(lr, mom, step, correction): return lr*correction/(1 - mom**step)
 def _slow_size(lr, slow_factor, warmth, correction): return lr*slow_factor*warmth*correction
-def _folded_eps(eps, correction): return eps*correction
 
 def warm_mom(
     mom:float, # Of the fast average
@@ -37,8 +34,8 @@ def warm_mom(
     half_life = (1 - warmth)*_half_life(mom) + warmth*_half_life(slow_mom)
     return .5**(1/half_life) if 0 < warmth < 1 and half_life else slow_mom
 
-@stepper('update', role='update', correction=folded(_correction), avg_size=folded(_avg_size), slow_size=folded(_slow_size), folded_eps=folded(_folded_eps),
-         step=counter(_count), warmth=folded(_warmth), warm_slow_mom=folded(warm_mom))
+@stepper('update', role='update', correction=CORRECTION, avg_size=folded(_avg_size), slow_size=folded(_slow_size), folded_eps=FOLDED_EPS,
+         step=STEP, warmth=folded(_warmth), warm_slow_mom=folded(warm_mom))
 def ademamix_step(grad_avg, slow_avg, sqr_avg, avg_size, slow_size, folded_eps):
     "Adam's step along a mix of two averages"
     return (avg_size*grad_avg + slow_size*slow_avg)/(sqrt(sqr_avg) + folded_eps)

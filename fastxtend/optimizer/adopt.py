@@ -13,17 +13,16 @@ from torch import Tensor
 from .declare import StepperOptimizer, helper, optimizer
 from .foreach import ForEachOptimizer
 from .kernels import FusedOptimizer
-from .steppers import apply, average_grad, average_sqr_grad, counter, decay, folded, maximum, minimum, sqrt, stepper
+from .steppers import STEP, apply, average_grad, average_sqr_grad, decay, folded, maximum, minimum, sqrt, stepper
 
 # %% auto #0
 __all__ = ['adopt', 'normalise', 'adopt_step', 'ADOPT']
 
 # %% ../../nbs/optimizer.adopt.ipynb #4c521a23
-def _count(step): return step + 1
 def _bound(clip_exp, step): return float(step - 1)**clip_exp if step > 1 else 0.
 def _begun(sqr_mom, step): return sqr_mom if step > 1 else 0.
 
-@stepper('direction', step=counter(_count), bound=folded(_bound), begun_mom=folded(_begun))
+@stepper('direction', step=STEP, bound=folded(_bound), begun_mom=folded(_begun))
 def normalise(g, sqr_avg, bound, eps):
     "The gradient, divided by its size so far, within bounds"
     direction = g/maximum(sqrt(sqr_avg), eps)

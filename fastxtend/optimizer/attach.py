@@ -12,7 +12,7 @@ from operator import is_
 
 from fastcore.all import noop
 
-from .steppers import Composition, abs, compose, folded, minimum, slot, sqrt, stepper, summed, where
+from .steppers import Composition, compose, folded, minimum, slot, sqrt, stepper, summed
 
 # %% auto #0
 __all__ = ['clip_known', 'same_objects', 'Attachment', 'clip_gradients', 'scale_gradients', 'average_weights', 'clear_gradients',

@@ -5,13 +5,10 @@
 # %% ../../nbs/optimizer.batch.ipynb #20b0f1e0
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from dataclasses import dataclass
-from operator import attrgetter, is_
+from operator import attrgetter
 
 import numpy as np, torch
-from fastcore.all import L
 from torch import Tensor
 
 from .probe import is_dense, is_sharded, sharing_memory

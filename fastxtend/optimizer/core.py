@@ -5,7 +5,7 @@
 # %% ../../nbs/optimizer.core.ipynb #faadd351
 from __future__ import annotations
 
-import math
+import inspect, math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,15 +16,16 @@ from itertools import repeat
 from operator import is_
 from torch import Tensor
 
-from .attach import Attachment, same_objects, sums_only
+from .attach import same_objects, sums_only
 from .batch import Batch, as_number, check_batch, check_params, check_tensors, copy_like, describe, fields_of, lay_out, shards
 from .plan import Engine, Plan, Ran, look, make_plan, run
-from .probe import STRIDES, Probe, is_sharded, sharing_memory
+from .probe import STRIDES, Probe, sharing_memory
 from .steppers import Composition, compose, picked, switches
-from .table import FACTS, OPTIMIZERS, OptimizerSpec, known_slots, slots_of
+from .table import FACTS, OptimizerSpec, known_slots, slots_of
 
 # %% auto #0
-__all__ = ['FLOAT32', 'SETS', 'distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'zero_tensors', 'LookaheadMixin']
+__all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'zero_tensors',
+           'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -263,6 +264,7 @@ def plan(self:FastOptimizer,
     batch:Batch, # Everything that steps
 ) -> tuple[Plan, Batch, Probe]: # With `batch` as the engines take it, and what is known of it
     "Check everything, and tell what runs where"
+    if self.spec.check: self.spec.check(batch)
     params, last = batch.params, self._plans.get(batch.composition)
     seen = look(batch, last and last.seen)
     if last is not None and last.holds(seen): return last, batch, last.seen
@@ -508,3 +510,5 @@ class LookaheadMixin:
         if not isinstance(sd['count'], int) or sd['count'] < 0: raise ValueError(f"The saved 'count' is a number of steps, and cannot be {sd['count']!r}")
         super().load_state_dict(sd)
         self.count, self.slow_weights = sd['count'], slow
+
+LOOKAHEAD = {n: p.default for n,p in inspect.signature(LookaheadMixin.__init__).parameters.items() if n in ('k', 'alpha')} # What it takes

@@ -14,12 +14,11 @@ import numba, numba.core.ccallback, numpy as np, torch
 from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
-from .batch import Batch
-from .lists import fold_late, needs_late
-from .plan import Engine, Work
+from .lists import HostWork, fold_late, needs_late
+from .plan import Engine
 from .pointers import c_function, f64_ptr, i64, i64_ptr, pointer_to, with_cache
 from .probe import DTYPES, Probe
-from .steppers import Line, Stage, called_by, compile_function, with_numbers_in
+from .steppers import Stage, called_by, compile_function, with_numbers_in
 
 # %% auto #0
 __all__ = ['FORMATS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'bfloat_to_float',
@@ -259,7 +258,7 @@ class NumbaEngine(Engine):
 @lru_cache(None)
 def engine() -> NumbaEngine: "The engine for CPUs"; return NumbaEngine()
 
-class NumbaWork(Work):
+class NumbaWork(HostWork):
     "Parameters of one combination of dtypes, in one step"
     def __init__(self, part, batch, seen):
         self.idxs, self.tables, self.batch, self.seen = part.idxs, part.prepared, batch, seen
@@ -282,10 +281,4 @@ class NumbaWork(Work):
         drive(self.functions[stage], self.seen, self.tables, rows.astype(self.real), row_ids, out)
         for k,name in enumerate(stage.sums): self.known[name] = np.bincount(self.tables.chunks[:, 0], out[:, k], len(self.batch))
 
-    def total(self, name): return float(self.known[name].sum())
-    def receive(self, name, total): self.known[name] = np.full(len(self.batch), float(total))
-
-    def keep(self):
-        for name in self.batch.composition.kept:
-            values = np.broadcast_to(self.known[name], len(self.batch)).tolist()
-            for i in self.idxs.tolist(): self.batch.states[i][name] = values[i]
+    def stepped(self): return self.idxs.tolist()

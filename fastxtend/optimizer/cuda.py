@@ -14,7 +14,6 @@ import numpy as np, torch, triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch import Batch
 from .plan import Engine, Work
 from .probe import DTYPES, Probe
 from .steppers import Composition, Line, Stage, call_names, compile_stage

@@ -9,14 +9,15 @@ import inspect
 from collections.abc import Callable
 from functools import cached_property, partial, wraps
 
-from fastai.optimizer import Lookahead, Optimizer
+from fastai.optimizer import Optimizer
 from fastai.torch_basics import *
 
-from .core import FastOptimizer, LookaheadMixin
+from .core import LOOKAHEAD, FastOptimizer, LookaheadMixin
 from .foreach import ForEachOptimizer
 from .kernels import FusedLookahead, FusedOptimizer
 from .lists import StepperEngine
-from .table import OPTIMIZERS, OptimizerSpec, unwrapped
+from .steppers import unwrapped
+from .table import OPTIMIZERS, OptimizerSpec
 from .torchscript import JitLookahead, JitOptimizer
 
 # %% auto #0
@@ -60,7 +61,7 @@ def build(
     options = {k: arguments.pop(k) for k in spec.options if k in arguments}
     if backend is None and spec.native is not None: return spec.native(params, lr=lr, decouple_wd=decouple_wd, **options, **arguments)
     hypers = {**spec.hypers, **arguments}
-    lookahead = {n: options.pop(n) for n in ('k', 'alpha') if spec.has_lookahead and n in options}
+    lookahead = {n: options.pop(n) for n in LOOKAHEAD if spec.has_lookahead and n in options}
     kwargs = dict(lr=lr, decouple_wd=decouple_wd, options=options, **lookahead, **hypers)
     if backend is None: return (StepperLookahead if spec.has_lookahead else StepperOptimizer)(params, spec, **kwargs)
     if backend == 'fused': return (FusedLookahead if spec.has_lookahead else FusedOptimizer)(params, spec, **kwargs)
@@ -82,6 +83,7 @@ def optimizer(
     hypers:dict=None, # Hyperparameters that are no arguments
     lr:float=None, # A learning rate to begin with, if it is not fastai's 1e-3: `Learner` takes it from what the helper returns
     fixed:tuple=(), # Names of hyperparameters that do not change, whatever a schedule says
+    check:Callable=None, # Raises if a `Batch` cannot be stepped now, if there is more to check than for every optimizer
 ) -> Callable:
     "Decorates the constructor of an optimizer: a function with fastai's arguments that returns a list of steppers"
     def decorate(body):
@@ -97,7 +99,7 @@ def optimizer(
         constructor.__signature__ = inspect.Signature(params + _parameters(_flags), return_annotation=inspect.signature(body).return_annotation)
         constructor.__delwrap__ = _flags
         spec = OptimizerSpec(name, _body_of(body), {**{k: v for k,v in defaults.items() if k not in options}, **(hypers or {})},
-                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor, lr, fixed)
+                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor, lr, fixed, check)
         OPTIMIZERS[name] = spec
         return constructor
     return decorate

@@ -13,9 +13,10 @@ from fastai.torch_basics import *
 from torch import Tensor
 
 from .core import FastOptimizer, LookaheadMixin
-from .lists import BLOCK, ListEngine, norms, number_tensor, on_cpu, one_by_one, operand, whole
+from .lists import BLOCK, ListEngine, norms, on_cpu, one_by_one, operand, whole
 from .probe import is_sharded
-from .table import OptimizerSpec, spec_of, unwrapped
+from .steppers import unwrapped
+from .table import OptimizerSpec, spec_of
 
 # %% auto #0
 __all__ = ['TensorList', 'Scalars', 'Trust', 'sgd_foreach_step', 'rmsprop_foreach_step', 'adam_foreach_step',

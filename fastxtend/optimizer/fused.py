@@ -16,7 +16,7 @@ from torch import Tensor
 from .declare import helper, optimizer
 from .foreach import *
 from .kernels import FusedLookahead, FusedOptimizer
-from .steppers import (add_momentum, apply, average_grad, average_sqr_grad, counter, decay, exp, folded, log, slot, sqrt, stepper,
+from .steppers import (FOLDED_EPS, STEP, add_momentum, apply, average_grad, average_sqr_grad, decay, exp, folded, log, slot, sqrt, stepper,
                                           summed, when, where)
 from .torchscript import *
 
@@ -76,12 +76,10 @@ def RMSProp(
 rmsprop = helper(RMSProp)
 
 # %% ../../nbs/optimizer.fused.ipynb #51b8b639
-def _count(step): return step + 1
 def _correction(sqr_mom, step): return math.sqrt(debias(sqr_mom, 1-sqr_mom, step))
 def _step_size(lr, mom, correction, step): return lr*correction/debias(mom, 1-mom, step)
-def _folded_eps(eps, correction): return eps*correction
 
-ADAM_SCALARS = dict(step=counter(_count), correction=folded(_correction), step_size=folded(_step_size), folded_eps=folded(_folded_eps))
+ADAM_SCALARS = dict(step=STEP, correction=folded(_correction), step_size=folded(_step_size), folded_eps=FOLDED_EPS)
 
 @stepper('update', role='update', **ADAM_SCALARS)
 def adam_step(grad_avg, sqr_avg, step_size, folded_eps):
@@ -120,7 +118,7 @@ def _radam_size(lr, mom, factor, foldable, step): return (lr*factor if factor el
 def _radam_eps(eps, foldable): return eps*foldable
 def _sqr_scale(correction, beta): return 1/correction if beta else 1.
 
-RADAM_SCALARS = dict(step=counter(_count), correction=folded(_correction), factor=folded(rectification), rectified=folded(_rectified), foldable=folded(_foldable),
+RADAM_SCALARS = dict(step=STEP, correction=folded(_correction), factor=folded(rectification), rectified=folded(_rectified), foldable=folded(_foldable),
                      step_size=folded(_radam_size), folded_eps=folded(_radam_eps))
 
 @stepper('update', role='update', **RADAM_SCALARS)
@@ -162,7 +160,7 @@ def _avg_coef(lr, nu_1, mom, step): return lr*nu_1/debias(mom, 1-mom, step)
 def _sqr_g_coef(nu_2): return 1-nu_2
 def _sqr_avg_coef(nu_2, sqr_mom, step): return nu_2/debias(sqr_mom, 1-sqr_mom, step)
 
-@stepper('update', role='update', step=counter(_count), g_coef=folded(_g_coef), avg_coef=folded(_avg_coef), sqr_g_coef=folded(_sqr_g_coef), sqr_avg_coef=folded(_sqr_avg_coef))
+@stepper('update', role='update', step=STEP, g_coef=folded(_g_coef), avg_coef=folded(_avg_coef), sqr_g_coef=folded(_sqr_g_coef), sqr_avg_coef=folded(_sqr_avg_coef))
 def qhadam_step(g, grad_avg, sqr_avg, g_coef, avg_coef, sqr_g_coef, sqr_avg_coef, eps):
     "QHAdam's step, with the bias corrections folded into the four coefficients"
     denom = sqrt(sqr_g_coef*g*g + sqr_avg_coef*sqr_avg) + eps

@@ -5,7 +5,6 @@
 # %% ../../nbs/optimizer.kernels.ipynb #ea09b60e
 from __future__ import annotations
 
-import importlib
 from functools import cached_property, lru_cache
 
 import torch
@@ -14,28 +13,22 @@ from torch import Tensor
 
 from .core import FastOptimizer, LookaheadMixin
 from .lists import ListEngine
-from .plan import Plan, kernels_for, look, run
-from .table import OPTIMIZERS, OptimizerSpec
+from .plan import Plan, error_of, kernels_for, look, run
+from .table import OptimizerSpec
 
 # %% auto #0
-__all__ = ['NO_GRAPH', 'numba_error', 'check_numba', 'FusedOptimizer', 'FusedLookahead']
+__all__ = ['NO_GRAPH', 'check_numba', 'FusedOptimizer', 'FusedLookahead']
 
 # %% ../../nbs/optimizer.kernels.ipynb #638f55a2
 NO_GRAPH = ("Only a step that is all kernels can be captured in a CUDA graph: all parameters on CUDA, with gradients, contiguous in the same "
             "way as their gradients, no Lookahead, and after at least one step that was not captured")
 
-@lru_cache(None)
-def numba_error() -> Exception|None:
-    "Why kernels for the CPU cannot be compiled here, if they cannot"
-    try: importlib.import_module('fastxtend.optimizer.cpu')
-    except Exception as e: return e
-
 def check_numba(
     params:list, # Parameters
 ):
     "`ImportError` if there are parameters on the CPU and there is no Numba that works"
-    if numba_error() and any(p.device.type == 'cpu' for p in params):
-        raise ImportError(f"`fused=True` needs Numba for parameters on the CPU: `pip install numba`, or use `foreach=True` ({numba_error()})") from numba_error()
+    error = any(p.device.type == 'cpu' for p in params) and kernels_for(1) is None and error_of('cpu')
+    if error: raise ImportError(f"`fused=True` needs Numba for parameters on the CPU: `pip install numba`, or use `foreach=True` ({error})") from error
 
 _has_cuda = lru_cache(None)(torch.cuda.is_available)
 

@@ -5,7 +5,6 @@
 # %% ../../nbs/optimizer.laprop.ipynb #4b2228a4
 from __future__ import annotations
 
-import math
 from functools import partial
 
 from fastai.torch_basics import *
@@ -14,18 +13,15 @@ from torch import Tensor
 from .declare import StepperOptimizer, helper, optimizer
 from .foreach import ForEachOptimizer
 from .kernels import FusedOptimizer
-from .steppers import apply, average_grad, average_sqr_grad, counter, decay, folded, sqrt, stepper
+from .steppers import CORRECTION, FOLDED_EPS, STEP, apply, average_grad, average_sqr_grad, decay, folded, sqrt, stepper
 
 # %% auto #0
 __all__ = ['laprop', 'divide', 'laprop_step', 'LaProp']
 
 # %% ../../nbs/optimizer.laprop.ipynb #625de8bc
-def _count(step): return step + 1
-def _correction(sqr_mom, step): return math.sqrt(1 - sqr_mom**step)
-def _folded_eps(eps, correction): return eps*correction
 def _step_size(lr, mom, step): return lr/(1 - mom**step)
 
-@stepper('direction', step=counter(_count), correction=folded(_correction), folded_eps=folded(_folded_eps))
+@stepper('direction', step=STEP, correction=CORRECTION, folded_eps=FOLDED_EPS)
 def divide(g, sqr_avg, correction, folded_eps):
     "The gradient, divided by its size"
     return correction*g/(sqrt(sqr_avg) + folded_eps)

@@ -5,7 +5,6 @@
 # %% ../../nbs/optimizer.lists.ipynb #742cd3b3
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial, wraps
@@ -14,15 +13,15 @@ import numpy as np, torch
 from torch import Tensor
 
 from .batch import Batch
-from .plan import Engine, Part, Work
-from .probe import Probe, is_dense, is_sharded
-from .steppers import MATH, Composition, Stage, compile_function, compile_stage
-from .table import step_args, unwrapped
+from .plan import Engine, Work
+from .probe import is_dense, is_sharded
+from .steppers import MATH, Composition, Stage, compile_function, compile_stage, unwrapped
+from .table import step_args
 
 # %% auto #0
 __all__ = ['LARGE', 'LIST_MATH', 'BLOCK', 'number_tensor', 'on_cpu', 'one_by_one', 'operand', 'Tensors', 'whole', 'blocks',
-           'fold_late', 'needs_late', 'knows', 'norms', 'unnoticed', 'ListEngine', 'ListWork', 'WrittenWork',
-           'StepperEngine', 'StepperWork']
+           'fold_late', 'HostWork', 'needs_late', 'knows', 'norms', 'unnoticed', 'ListEngine', 'ListWork',
+           'WrittenWork', 'StepperEngine', 'StepperWork']
 
 # %% ../../nbs/optimizer.lists.ipynb #5b8b1c6b
 @lru_cache(4096)
@@ -151,6 +150,18 @@ def fold_late(
     with np.errstate(all='ignore'):
         for fold in stage.late: known[fold.name] = _in_numpy(fold.f)(*(known[n] if isinstance(n, str) else n for n in fold.takes))
 
+class HostWork(Work):
+    "Work whose sums the host knows: in `known`, numbers or arrays with one for each parameter of `batch`"
+    def total(self, name): return float(self.known[name].sum())
+    def receive(self, name, total): self.known[name] = np.full(len(self.batch), float(total))
+
+    def keep(self):
+        for name in self.batch.composition.kept:
+            values = np.broadcast_to(self.known[name], len(self.batch)).tolist()
+            for i in self.stepped(): self.batch.states[i][name] = values[i]
+
+    def stepped(self): "Positions of the parameters that are stepped"; return range(len(self.batch))
+
 def needs_late(
     composition:Composition, # Of the step
     known:Callable, # From the name of a scalar of the row to its value
@@ -225,10 +236,10 @@ class ListEngine(Engine):
         stepped = _plainly(batch) if odd or narrow else batch
         return (WrittenWork if written else ListWork)(self, stepped, batch)
 
-class ListWork(Work):
+class ListWork(HostWork):
     "Steppers on lists"
     def __init__(self, engine, batch, original):
-        self.engine, self.batch, self.original, self.sums = engine, batch, original, {}
+        self.engine, self.batch, self.original = engine, batch, original
         if batch.composition.sums: self.known = needs_late(batch.composition, lambda n: np.array([row[n] for row in batch.rows])[batch.row_ids])
 
     def scalars(self, stage, owners):
@@ -259,19 +270,12 @@ class ListWork(Work):
             sums.append(torch.stack([torch.stack([whole(t) for t in (norms(ts.ts) if n in of else [t.sum() for t in ts.ts])]) for n,ts in zip(stage.gives, got)]))
         for n,x in zip(stage.gives, torch.cat(sums, 1).tolist()): self.known[n] = np.square(x) if n in of else np.array(x)
 
-    def total(self, name): return float(self.known[name].sum())
-    def receive(self, name, total): self.known[name] = np.full(len(self.batch), float(total))
-
     def write_back(self):
         if self.batch is self.original: return
         for n,ts in self.batch.named().items():
             if n == 'g': continue
             for t,new in zip(self.original.named()[n], ts):
                 if t is not new: t.copy_(new)
-
-    def keep(self):
-        for n in self.batch.composition.kept:
-            for state,x in zip(self.batch.states, np.broadcast_to(self.known[n], len(self.batch)).tolist()): state[n] = x
 
 class WrittenWork(ListWork):
     "A step function that does all stages at once"
@@ -311,8 +315,7 @@ class WrittenWork(ListWork):
             for state,x in zip(self.batch.states, self.kept): state[n] = x
 
 # %% ../../nbs/optimizer.lists.ipynb #0cb1cf3b
-@lru_cache(None)
-def _on_tensors(stage): return compile_stage(stage)
+_on_tensors, _on_numbers = lru_cache(None)(compile_stage), lru_cache(None)(compile_function)
 
 class StepperEngine(Engine):
     "Runs steppers on whole tensors, one parameter after the other"
@@ -328,7 +331,7 @@ class StepperWork(Work):
     @unnoticed
     def run(self, stage):
         for i,known in enumerate(self.known):
-            for fold in stage.late: known[fold.name] = compile_function(fold.f)(*(known[n] if isinstance(n, str) else n for n in fold.takes))
+            for fold in stage.late: known[fold.name] = _on_numbers(fold.f)(*(known[n] if isinstance(n, str) else n for n in fold.takes))
             tensors = {n: ts[i] for n,ts in self.batch.named().items()}
             new = _on_tensors(stage)(*(tensors[n].float() if tensors[n].dtype.itemsize < 4 else tensors[n] for n in stage.tensors), *(known[n] for n in stage.scalars))
             for n,x in zip(stage.gives, new):

@@ -12,14 +12,15 @@ from functools import lru_cache, partial
 from fastai.optimizer import Optimizer
 from fastai.torch_basics import *
 
+from .core import LOOKAHEAD
 from .declare import BACKENDS, backend_of, build
 from .fused import synchronise
-from .steppers import Switch, apply, folded, maximum, sign, stepper, summed, weight_decay, when, where
+from .steppers import Switch, folded, maximum, sign, stepper, summed, unwrapped, weight_decay, when, where
 from .table import OPTIMIZERS, OptimizerSpec
 
 # %% auto #0
-__all__ = ['MODIFIERS', 'LOOKAHEAD', 'agree', 'mask', 'decay_where_agreed', 'modified_spec', 'modified', 'cautious',
-           'cautious_decay', 'lookahead']
+__all__ = ['MODIFIERS', 'agree', 'mask', 'decay_where_agreed', 'modified_spec', 'modified', 'cautious', 'cautious_decay',
+           'lookahead']
 
 # %% ../../nbs/optimizer.modifiers.ipynb #0985836c
 def _boost(agreement_sqr, numel): return 1./maximum(agreement_sqr/maximum(numel, 1.), .001)
@@ -44,8 +45,7 @@ def decay_where_agreed(p, update, decay):
 def _roles(s):
     "The roles of a stepper, or of all that a switch may pick"
     if isinstance(s, Switch): return {r for o in (*s.on, *s.off) for r in _roles(o)}
-    while isinstance(s, partial): s = s.func
-    return {s.declares.role}
+    return {unwrapped(s).declares.role}
 
 def _gives(s): return s.declares.gives if not isinstance(s, partial) else tuple(s.keywords.get(n, n) for n in _gives(s.func))
 
@@ -66,7 +66,6 @@ def _cautious_decay(steppers):
 def _lookahead(steppers): return [*steppers, when('slow_weights', synchronise)]
 
 MODIFIERS = dict(cautious=_cautious, cautious_decay=_cautious_decay, lookahead=_lookahead) # In the order in which they are applied
-LOOKAHEAD = dict(k=6, alpha=.5)
 
 @lru_cache(None)
 def modified_spec(

@@ -5,7 +5,6 @@
 # %% ../../nbs/optimizer.nadam.ipynb #7a14045b
 from __future__ import annotations
 
-import math
 
 from fastai.torch_basics import *
 from torch import Tensor
@@ -13,23 +12,20 @@ from torch import Tensor
 from .declare import StepperOptimizer, helper, optimizer
 from .foreach import ForEachOptimizer
 from .kernels import FusedOptimizer
-from .steppers import apply, average_grad, average_sqr_grad, counter, decay, folded, sqrt, stepper
+from .steppers import CORRECTION, FOLDED_EPS, STEP, apply, average_grad, average_sqr_grad, counter, decay, folded, sqrt, stepper
 
 # %% auto #0
 __all__ = ['nadam', 'nadam_step', 'NAdam']
 
 # %% ../../nbs/optimizer.nadam.ipynb #d94a940c
-def _count(step): return step + 1
 def _mu(mom, mom_decay, step): return mom*(1 - .5*.96**(step*mom_decay))
 def _next_mu(mom, mom_decay, step): return mom*(1 - .5*.96**((step + 1)*mom_decay))
 def _product(mu_product, mu): return mu_product*mu
-def _correction(sqr_mom, step): return math.sqrt(1 - sqr_mom**step)
 def _g_coef(lr, correction, mu, mu_product): return lr*correction*(1 - mu)/(1 - mu_product)
 def _avg_coef(lr, correction, next_mu, mu_product): return lr*correction*next_mu/(1 - mu_product*next_mu)
-def _folded_eps(eps, correction): return eps*correction
 
-@stepper('update', role='update', step=counter(_count), mu=folded(_mu), next_mu=folded(_next_mu), mu_product=counter(_product, start=1.),
-         correction=folded(_correction), g_coef=folded(_g_coef), avg_coef=folded(_avg_coef), folded_eps=folded(_folded_eps))
+@stepper('update', role='update', step=STEP, mu=folded(_mu), next_mu=folded(_next_mu), mu_product=counter(_product, start=1.),
+         correction=CORRECTION, g_coef=folded(_g_coef), avg_coef=folded(_avg_coef), folded_eps=FOLDED_EPS)
 def nadam_step(g, grad_avg, sqr_avg, g_coef, avg_coef, folded_eps):
     "Adam's step with the momentum of the next one"
     return (g_coef*g + avg_coef*grad_avg)/(sqrt(sqr_avg) + folded_eps)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from warnings import warn
 
-import numpy as np, torch
+import numpy as np
 from fastcore.all import groupby
 from torch import Tensor
 
@@ -18,8 +18,8 @@ from .batch import Batch
 from .probe import OK, REASONS, UNREADABLE, Extents, Probe, extent, is_sharded, probe, recalled, remembered, sharing_memory
 
 # %% auto #0
-__all__ = ['ENGINES', 'INSTALL', 'SHARDED', 'Engine', 'Work', 'kind_of', 'kernels_for', 'warn_once', 'compiled', 'look', 'Part',
-           'Plan', 'odd_extents', 'find_tangled', 'make_plan', 'run', 'share', 'Ran']
+__all__ = ['ENGINES', 'INSTALL', 'SHARDED', 'Engine', 'Work', 'kind_of', 'kernels_for', 'error_of', 'warn_once', 'compiled',
+           'look', 'Part', 'Plan', 'odd_extents', 'find_tangled', 'make_plan', 'run', 'share', 'Ran']
 
 # %% ../../nbs/optimizer.plan.ipynb #bdc9cd66
 class Engine:
@@ -92,8 +92,15 @@ def kernels_for(
     "The engine with kernels for a device"
     kind = kind_of(device)
     if kind is None: return None
+    _errors.pop(kind, None)
     try: return importlib.import_module(f'fastxtend.optimizer.{kind}').engine()
     except Exception as e: _errors[kind] = e
+
+def error_of(
+    kind:str, # Module with kernels
+) -> Exception|None:
+    "Why it could not be used, if it could not"
+    return _errors.get(kind)
 
 INSTALL = dict(
     cpu=': install Numba with `pip install numba`',
@@ -105,7 +112,8 @@ def warn_once(
     kind:str|None, # Module with kernels for it
 ):
     "Say that there is no kernel, why, and what to install"
-    why = f' ({type(_errors[kind]).__name__}: {_errors[kind]})' if kind in _errors else ''
+    error = error_of(kind)
+    why = f' ({type(error).__name__}: {error})' if error else ''
     warn(f"`fused=True` has no kernel for {device} here{INSTALL.get(kind, '')}{why}. These parameters are stepped with ForEach")
 
 # %% ../../nbs/optimizer.plan.ipynb #dbb6dba8

@@ -5,9 +5,12 @@
 # %% ../../nbs/optimizer.pointers.ipynb #baf1b44a
 from __future__ import annotations
 
+import os
+
 import llvmlite.ir as ir
 import numba
 from numba import types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
 if numba.config.DISABLE_JIT: raise ImportError("Numba compiles nothing here: NUMBA_DISABLE_JIT is set")
@@ -52,3 +55,7 @@ def with_cache(
     "`make(cache=True)`, or without the cache if there is no place to keep it"
     try: return make(cache=True)
     except Exception: return make(cache=False)
+
+# %% ../../nbs/optimizer.pointers.ipynb #f0ac1e02
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(before=global_compiler_lock.acquire, after_in_parent=global_compiler_lock.release, after_in_child=global_compiler_lock.release)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS', 'DTYPES', 'ITEMSIZES', 'Probe', 'is_dense',
-           'device_code', 'is_plain', 'probe', 'guards_of', 'remembered', 'recalled', 'Extents', 'in_conflict',
-           'is_sharded', 'extent', 'sharing_memory']
+           'device_code', 'is_plain', 'probe', 'guards_of', 'remembered', 'recalled', 'Extents', 'is_sharded', 'extent',
+           'sharing_memory']
 
 # %% ../../nbs/optimizer.probe.ipynb #dab6e356
 OK, UNREADABLE, DEVICE, DTYPE, SHAPE, STRIDES = range(6)
@@ -162,12 +162,6 @@ class Extents:
         last = np.searchsorted(self.starts, end) - 1
         return bool(last >= 0 and self.ends[last] > start)
 
-def in_conflict(
-    res:Probe, # Of what is about to be stepped
-) -> bool:
-    "Does anything that would be written overlap with something else?"
-    written = Extents.of(res)
-    return not written.apart or written.meet(res)
 
 # %% ../../nbs/optimizer.probe.ipynb #f633e274
 def is_sharded(

@@ -5,7 +5,6 @@
 # %% ../../nbs/optimizer.schedulefree.ipynb #4ae839a3
 from __future__ import annotations
 
-import math
 from functools import partial
 
 from fastai.callback.core import Callback
@@ -17,43 +16,46 @@ from .core import FastOptimizer
 from .declare import StepperOptimizer, helper, optimizer
 from .foreach import ForEachOptimizer
 from .kernels import FusedOptimizer
-from .steppers import average_sqr_grad, counter, folded, l2_reg, slot, sqrt, stepper
+from .steppers import CORRECTION, FOLDED_EPS, STEP, average_sqr_grad, counter, folded, l2_reg, slot, sqrt, stepper
 
 # %% auto #0
-__all__ = ['schedulefree_adam', 'schedulefree_sgd', 'along_gradient', 'along_normalised', 'schedule_free', 'ScheduleFreeAdam',
-           'ScheduleFreeSGD', 'averages_weights', 'ScheduleFreeCallback']
+__all__ = ['schedulefree_adam', 'schedulefree_sgd', 'along_gradient', 'along_normalised', 'schedule_free', 'check_at_gradients',
+           'ScheduleFreeAdam', 'ScheduleFreeSGD', 'averages_weights', 'ScheduleFreeCallback']
 
 # %% ../../nbs/optimizer.schedulefree.ipynb #f02615da
-def _count(step): return step + 1
 def _warm_lr(lr, warmup, step): return lr*min(step/warmup, 1.) if warmup else lr
 def _lr_max(lr_max, warm_lr): return max(lr_max, warm_lr)
 def _weight(lr_max, lr_power, step_power, step): return step**step_power*lr_max**lr_power
 def _weight_sum(weight_sum, weight): return weight_sum + weight
 def _share(weight, weight_sum): return weight/weight_sum if weight_sum else 0.
 def _size(warm_lr, mom, share): return warm_lr*(1 - mom*(1 - share))
-def _correction(sqr_mom, step): return math.sqrt(1 - sqr_mom**step)
-def _folded_eps(eps, correction): return eps*correction
 
 @stepper('update', role='update')
 def along_gradient(g):
     "The gradient"
     return g
 
-@stepper('update', role='update', step=counter(_count), correction=folded(_correction), folded_eps=folded(_folded_eps))
+@stepper('update', role='update', step=STEP, correction=CORRECTION, folded_eps=FOLDED_EPS)
 def along_normalised(g, sqr_avg, correction, folded_eps):
     "The gradient, divided by its size"
     return correction*g/(sqrt(sqr_avg) + folded_eps)
 
-@stepper('p base_weights', role='apply', base_weights=slot(start='p'), step=counter(_count), warm_lr=folded(_warm_lr), lr_max=counter(_lr_max, start=0.),
+@stepper('p base_weights', role='apply', base_weights=slot(start='p'), step=STEP, warm_lr=folded(_warm_lr), lr_max=counter(_lr_max, start=0.),
          weight=folded(_weight), weight_sum=counter(_weight_sum, start=0.), share=folded(_share), size=folded(_size))
 def schedule_free(p, base_weights, update, warm_lr, share, size):
     "Base weights step, the average follows, and so does the point between them"
     return p + share*(base_weights - p) - size*update, base_weights - warm_lr*update
 
+def check_at_gradients(
+    batch, # What is about to step
+):
+    "`RuntimeError` if weights are at their average, where no gradients are to be taken"
+    if any('at_average' in s for s in batch.states): raise RuntimeError("Schedule-Free weights are at their average. Call `opt.train()` before gradients are computed, and `opt.eval()` after training")
+
 def _with_decay(decouple_wd, steppers): return [*steppers, partial(l2_reg, g='update'), schedule_free] if decouple_wd else [l2_reg, *steppers, schedule_free]
 
 # %% ../../nbs/optimizer.schedulefree.ipynb #06713021
-@optimizer(fixed=('mom',))
+@optimizer(fixed=('mom',), check=check_at_gradients)
 def ScheduleFreeAdam(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
@@ -72,7 +74,7 @@ def ScheduleFreeAdam(
 schedulefree_adam = helper(ScheduleFreeAdam, 'schedulefree_adam')
 
 # %% ../../nbs/optimizer.schedulefree.ipynb #30426b99
-@optimizer(fixed=('mom',))
+@optimizer(fixed=('mom',), check=check_at_gradients)
 def ScheduleFreeSGD(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
@@ -116,13 +118,6 @@ def train(self:FastOptimizer):
 def eval(self:FastOptimizer):
     "After training: Schedule-Free weights go to their average. Nothing happens to others"
     _go(self, True)
-
-_plan = FastOptimizer.plan
-
-@patch
-def plan(self:FastOptimizer, batch):
-    if any('at_average' in s for s in batch.states): raise RuntimeError("Schedule-Free weights are at their average. Call `opt.train()` before gradients are computed, and `opt.eval()` after training")
-    return _plan(self, batch)
 
 # %% ../../nbs/optimizer.schedulefree.ipynb #35d9b79a
 class ScheduleFreeCallback(Callback):

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import ast, builtins, inspect, math, textwrap, types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
 import torch
-from torch import Tensor
 
 # %% auto #0
-__all__ = ['sqrt', 'exp', 'log', 'sign', 'abs', 'minimum', 'maximum', 'MATH', 'where', 'Slot', 'Counter', 'Folded', 'Summed',
-           'slot', 'counter', 'folded', 'summed', 'Declaration', 'stepper', 'weight_decay', 'l2_reg', 'decay',
-           'add_momentum', 'average_grad', 'average_sqr_grad', 'apply', 'Switch', 'when', 'switches', 'picked',
-           'CompositionError', 'args_of', 'Fold', 'Line', 'Stage', 'Composition', 'call_names', 'compose', 'called_by',
-           'compile_function', 'compile_stage', 'with_numbers', 'with_numbers_in']
+__all__ = ['sqrt', 'exp', 'log', 'sign', 'abs', 'minimum', 'maximum', 'MATH', 'slot', 'counter', 'folded', 'summed', 'STEP',
+           'CORRECTION', 'FOLDED_EPS', 'where', 'Slot', 'Counter', 'Folded', 'Summed', 'Declaration', 'stepper',
+           'weight_decay', 'l2_reg', 'decay', 'add_momentum', 'average_grad', 'average_sqr_grad', 'apply', 'Switch',
+           'when', 'switches', 'picked', 'CompositionError', 'unwrapped', 'args_of', 'Fold', 'Line', 'Stage',
+           'Composition', 'call_names', 'compose', 'called_by', 'compile_function', 'compile_stage', 'with_numbers',
+           'with_numbers_in']
 
 # %% ../../nbs/optimizer.steppers.ipynb #62548f35
 def _by_kind(name, of_number):
@@ -27,7 +27,6 @@ def _by_kind(name, of_number):
     def f(*xs):
         t = next((x for x in xs if not isinstance(x, (int, float))), None)
         if t is None: return of_number(*xs)
-        if hasattr(t, name + '_of'): return getattr(t, name + '_of')(*xs)
         return of_tensor(*(torch.as_tensor(x, dtype=t.dtype, device=t.device) if isinstance(x, (int, float)) else x for x in xs))
     f.__name__ = f.__qualname__ = name
     f.__doc__ = f"`torch.{name}`, of numbers too"
@@ -49,7 +48,6 @@ minimum, maximum = _by_kind('minimum', _min), _by_kind('maximum', _max)
 def where(flag, a, b):
     "`a` where `flag` is true (or, if it is a number, not zero), else `b`"
     if isinstance(flag, (bool, int, float)): return a if flag else b
-    if hasattr(flag, 'where_of'): return flag.where_of(flag, a, b)
     return torch.where(flag if flag.dtype == torch.bool else flag != 0, a, b)
 
 MATH = dict(sqrt=sqrt, exp=exp, log=log, abs=abs, sign=sign, minimum=minimum, maximum=maximum, where=where)
@@ -80,10 +78,7 @@ class Summed:
     of:str # What is added up: an expression of what a stepper could take
     over:str='tensor' # Over each `tensor`, or over all of the `model`
 
-def slot(start=0., signed=True, lent=False): "Declares a `Slot`"; return Slot(start, signed, lent)
-def counter(next, start=0): "Declares a `Counter`"; return Counter(next, start)
-def folded(f, keep=False): "Declares a scalar that is `Folded`"; return Folded(f, keep)
-def summed(of, over='tensor'): "Declares what is `Summed`"; return Summed(of, over)
+slot, counter, folded, summed = Slot, Counter, Folded, Summed # as they are written in declarations
 
 # %% ../../nbs/optimizer.steppers.ipynb #64e268df
 @dataclass(frozen=True)
@@ -149,6 +144,15 @@ def apply(p, update):
     "Take the step"
     return p - update
 
+# %% ../../nbs/optimizer.steppers.ipynb #63dcb834
+def _count(step): return step + 1
+def _correction(sqr_mom, step): return math.sqrt(1 - sqr_mom**step)
+def _folded_eps(eps, correction): return eps*correction
+
+STEP = counter(_count) # Steps that a parameter has taken
+CORRECTION = folded(_correction) # Of the root of an average of squares, for having started at 0
+FOLDED_EPS = folded(_folded_eps) # `eps` beside a root that is not corrected
+
 # %% ../../nbs/optimizer.steppers.ipynb #eb458358
 @dataclass(frozen=True)
 class Switch:
@@ -186,12 +190,17 @@ def picked(
 class CompositionError(ValueError):
     "Steppers do not fit together"
 
+def unwrapped(
+    f:Callable, # A function, or a `partial` of one
+) -> Callable:
+    "The function itself"
+    return unwrapped(f.func) if isinstance(f, partial) else f
+
 def args_of(
-    f:Callable, # A function, plain or scripted
+    f:Callable, # A function, plain or scripted, or a `partial` of one
 ) -> tuple[str, ...]:
     "Names of its arguments"
-    while isinstance(f, partial): f = f.func
-    return _args_of(f)
+    return _args_of(unwrapped(f))
 
 @lru_cache(None)
 def _args_of(f):
@@ -217,9 +226,6 @@ class Fold:
 
     @property
     def inputs(self): "Names of scalars it is computed from"; return tuple(n for n in self.takes if isinstance(n, str))
-
-    @property
-    def source(self): return f"{self.f.__name__}({', '.join(map(str, self.takes))})"
 
 @dataclass(frozen=True)
 class _Use:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
 from torch import Tensor
 
-from .steppers import Composition, args_of, average_grad, average_sqr_grad, compose, decay, picked, slot, stepper, switches
+from .steppers import Composition, args_of, average_grad, average_sqr_grad, compose, decay, picked, slot, stepper, switches, unwrapped
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'FACTS', 'OptimizerSpec', 'slots_of', 'known_slots', 'spec_slots', 'unwrapped', 'step_args', 'spec_of']
+__all__ = ['OPTIMIZERS', 'FACTS', 'OptimizerSpec', 'slots_of', 'known_slots', 'spec_slots', 'step_args', 'spec_of']
 
 # %% ../../nbs/optimizer.table.ipynb #5e5bd1d3
 OPTIMIZERS = {} # Name to `OptimizerSpec`
@@ -38,6 +38,7 @@ class OptimizerSpec:
     constructor:Callable=None # What users call
     lr:float=None # A learning rate to begin with, if it is not fastai's
     fixed:tuple=() # Names of hyperparameters that do not change, whatever a schedule says
+    check:Callable=None # Raises if a `Batch` cannot be stepped now, if there is more to check than for every optimizer
     made_by:tuple=None # A function and its arguments that make it again, if it is in no table
 
     def __reduce__(self):
@@ -87,12 +88,15 @@ class OptimizerSpec:
     @cached_property
     def kept(self): "Names of scalars that it leaves in the state"; return self.composition().kept
 
+def _all_slots(steppers):
+    "The slots of a list of steppers by name, whatever is switched on"
+    return {n: s for on in ((), switches(steppers)) for n,s in compose(picked(steppers, frozenset(on))).slots.items()}
+
 def slots_of(
     steppers, # A list of steppers
 ) -> tuple[str, ...]:
     "Names of the state tensors of a list of steppers, whatever is switched on"
-    every = [compose(picked(steppers, frozenset(on))) for on in ((), switches(steppers))]
-    return tuple(dict.fromkeys(n for c in every for n,s in c.slots.items() if not s.lent))
+    return tuple(n for n,s in _all_slots(steppers).items() if not s.lent)
 
 def known_slots() -> set[str]:
     "Names of the state tensors of all optimizers"
@@ -104,16 +108,9 @@ def spec_slots(
 ) -> tuple[str, ...]:
     "Names of all tensors it keeps, its own and lent ones, however it is built"
     builds = [dict(mom=m) for m in (0., .9)] if 'mom' in spec.hypers else [{}]
-    every = [compose(picked(spec.steppers(**b), frozenset(spec.switches(**b)))) for b in builds]
-    return tuple(dict.fromkeys(n for c in every for n in c.slots))
+    return tuple(dict.fromkeys(n for b in builds for n in _all_slots(spec.steppers(**b))))
 
 # %% ../../nbs/optimizer.table.ipynb #1ffc1d68
-def unwrapped(
-    step:Callable, # A step function or a `partial` of one that translates names
-) -> Callable:
-    "The function itself"
-    return unwrapped(step.func) if isinstance(step, partial) else step
-
 @lru_cache(None)
 def step_args(
     step:Callable, # A step function or a `partial` of one that translates names

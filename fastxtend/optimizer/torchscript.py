@@ -19,7 +19,8 @@ from .core import FastOptimizer, LookaheadMixin
 from .foreach import with_names
 from .lists import ListEngine
 from .probe import is_sharded
-from .table import spec_of, unwrapped
+from .steppers import unwrapped
+from .table import spec_of
 
 # %% auto #0
 __all__ = ['NO_SHARDS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'root', 'norm',
