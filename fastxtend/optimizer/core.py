@@ -12,8 +12,6 @@ from functools import lru_cache
 import numpy as np, torch
 from fastai.optimizer import Optimizer
 from fastai.torch_basics import *
-from itertools import repeat
-from operator import is_
 from torch import Tensor
 
 from .attach import same_objects, sums_only
@@ -24,8 +22,8 @@ from .steppers import Composition, compose, picked, switches
 from .table import FACTS, OptimizerSpec, known_slots, slots_of
 
 # %% auto #0
-__all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'zero_tensors',
-           'LookaheadMixin']
+__all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in', 'Layout', 'FastOptimizer',
+           'zero_tensors', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -35,6 +33,15 @@ def distinct(
     rows = list(zip(*columns))
     index = {row: i for i,row in enumerate(dict.fromkeys(rows))}
     return list(index), [index[row] for row in rows]
+
+def values_of(
+    dicts:list, # State dicts
+    key:str, # In each of them
+    default, # Where it is missing
+) -> list:
+    "What is at `key`"
+    try: return [d[key] for d in dicts]
+    except KeyError: return [d.get(key, default) for d in dicts]
 
 def repeats(
     xs:list, # Any objects
@@ -86,7 +93,8 @@ class Layout:
     ) -> list[tuple]: # Group, `do_wd`, how often the parameter occurs before, facts, and last counters of each row
         "The rows that are needed, and in `row_ids` which parameter needs which"
         known = [tuple(FACTS[n](p) for n in facts) for p in self.params] if facts else [()]*len(self.params)
-        kinds = [s.get('do_wd', True) for s in self.states], known, *([s.get(n, start) for s in self.states] for n,start in counters.items())
+        do_wd = values_of(self.states, 'do_wd', True) if [True for s in self.states if 'do_wd' in s] else [True]*len(self.states)
+        kinds = do_wd, known, *(values_of(self.states, n, start) for n,start in counters.items())
         if kinds != self.kinds:
             self.keys, row_ids = distinct(self.groups, kinds[0], self.again, *kinds[1:])
             self.kinds, self.row_ids, self.row_list = kinds, np.array(row_ids, np.int64), row_ids
@@ -96,7 +104,7 @@ class Layout:
         counts:list, # Of each counter, its new value for each row
     ):
         "All have stepped: the same rows, with other counters"
-        new = [[c[i] for i in self.row_list] for c in counts]
+        new = [c*len(self.row_list) if len(c) == 1 else [c[i] for i in self.row_list] for c in counts]
         self.kinds = *self.kinds[:2], *new
         self.keys = [(*k[:4], *c) for k,c in zip(self.keys, zip(*counts))] if counts else self.keys
         return new
@@ -224,7 +232,7 @@ def stepping(self:FastOptimizer) -> tuple[Layout, list]: # What is known of them
     "The parameters that step now: those with a gradient, except what `freeze_to` froze"
     lists = [list(pg) if i >= self.frozen_idx else [p for p in pg if p.requires_grad] for i,pg in enumerate(self.param_lists)]
     grads, there = [p.grad for pg in lists for p in pg], None
-    if any(map(is_, grads, repeat(None))):
+    if [True for g in grads if g is None]:
         there = [i for i,g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in there]
     self.recall(lists, there)
@@ -239,7 +247,7 @@ def gather(self:FastOptimizer,
     if self.attached: lent = {**lent, **self.lent_by_attached(layout.params)}
     composition = self.composition(tuple(lent))
     rows = [self.row(composition, *key) for key in layout.rows(composition.counters, facts_in(composition))]
-    slots = {n: lent[n] if n in lent else [s.get(n) for s in layout.states] for n in composition.slots}
+    slots = {n: lent[n] if n in lent else values_of(layout.states, n, None) for n in composition.slots}
     return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition)
 
 # %% ../../nbs/optimizer.core.ipynb #944668fd

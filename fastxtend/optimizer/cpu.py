@@ -23,7 +23,7 @@ from .steppers import Stage, called_by, compile_function, with_numbers_in
 # %% auto #0
 __all__ = ['FORMATS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'bfloat_to_float',
            'float_to_bfloat', 'same', 'Format', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive',
-           'Tables', 'NumbaEngine', 'engine', 'NumbaWork']
+           'Tables', 'NumbaEngine', 'engine', 'Prepared', 'NumbaWork']
 
 # %% ../../nbs/optimizer.cpu.ipynb #034c452c
 @intrinsic
@@ -252,33 +252,40 @@ class Tables:
 class NumbaEngine(Engine):
     "Runs stages in kernels on the CPU"
     name, has_kernels = 'numba', True
-    def prepare(self, batch, seen, idxs): return Tables(seen.sizes, idxs)
+    def prepare(self, batch, seen, idxs): return Prepared(batch, seen, idxs)
     def begin(self, part, batch, seen): return NumbaWork(part, batch, seen)
 
 @lru_cache(None)
 def engine() -> NumbaEngine: "The engine for CPUs"; return NumbaEngine()
 
+class Prepared(Tables):
+    "What is the same in all steps that look alike: the chunks, and the compiled functions"
+    def __init__(self, batch, seen, idxs):
+        super().__init__(seen.sizes, idxs)
+        composition, formats = batch.composition, tuple(FORMATS[DTYPES[d]] for d in seen.dtypes[idxs[0]].tolist())
+        self.real = real_of(formats)
+        self.late = {stage: tuple(n for n in stage.scalars if n not in composition.row) for stage in composition.stages} # in a row, after the others
+        self.functions = {stage: compiled(stage, formats, tuple(batch.named()), composition.row + late).address for stage,late in self.late.items()}
+
 class NumbaWork(HostWork):
     "Parameters of one combination of dtypes, in one step"
     def __init__(self, part, batch, seen):
-        self.idxs, self.tables, self.batch, self.seen = part.idxs, part.prepared, batch, seen
-        composition, formats = batch.composition, tuple(FORMATS[DTYPES[d]] for d in seen.dtypes[part.idxs[0]].tolist())
-        self.real, names = real_of(formats), tuple(batch.named())
+        self.idxs, self.prepared, self.batch, self.seen = part.idxs, part.prepared, batch, seen
+        composition = batch.composition
         self.rows = np.array([[row[n] for n in composition.row] for row in batch.rows], np.float64).reshape(len(batch.rows), len(composition.row))
-        self.row_names = {stage: composition.row + tuple(n for n in stage.scalars if n not in composition.row) for stage in composition.stages}
-        self.functions = {stage: compiled(stage, formats, names, row).address for stage,row in self.row_names.items()}
-        if composition.sums: self.known = needs_late(composition, lambda n: self.rows[batch.row_ids, composition.row.index(n)])
+        self.ids = slice(None) if len(self.rows) == 1 else batch.row_ids # one row suits all
+        if composition.sums: self.known = needs_late(composition, lambda n: self.rows[self.ids, composition.row.index(n)])
 
     def run(self, stage):
-        rows, row_ids = self.rows, self.batch.row_ids
+        prepared, rows, row_ids = self.prepared, self.rows, self.batch.row_ids
         if stage.late: # each parameter has a row of its own
             fold_late(stage, self.known)
-            rows = np.empty((len(row_ids), len(self.row_names[stage])))
-            rows[:, :self.rows.shape[1]] = self.rows[row_ids]
-            for k,name in enumerate(self.row_names[stage][self.rows.shape[1]:], self.rows.shape[1]): rows[:, k] = self.known[name]
-            row_ids = np.arange(len(row_ids))
-        out = np.empty((len(self.tables.chunks), len(stage.sums))) if stage.sums else _nothing
-        drive(self.functions[stage], self.seen, self.tables, rows.astype(self.real), row_ids, out)
-        for k,name in enumerate(stage.sums): self.known[name] = np.bincount(self.tables.chunks[:, 0], out[:, k], len(self.batch))
+            n, late = rows.shape[1], prepared.late[stage]
+            rows, row_ids = np.empty((len(row_ids), n + len(late)), prepared.real), np.arange(len(row_ids))
+            rows[:, :n] = self.rows[self.ids]
+            for k,name in enumerate(late, n): rows[:, k] = self.known[name]
+        out = np.empty((len(prepared.chunks), len(stage.sums))) if stage.sums else _nothing
+        drive(prepared.functions[stage], self.seen, prepared, rows.astype(prepared.real, copy=False), row_ids, out)
+        for k,name in enumerate(stage.sums): self.known[name] = np.bincount(prepared.chunks[:, 0], out[:, k], len(self.batch))
 
     def stepped(self): return self.idxs.tolist()

@@ -157,8 +157,8 @@ class HostWork(Work):
 
     def keep(self):
         for name in self.batch.composition.kept:
-            values = np.broadcast_to(self.known[name], len(self.batch)).tolist()
-            for i in self.stepped(): self.batch.states[i][name] = values[i]
+            states, values = self.batch.states, np.broadcast_to(self.known[name], len(self.batch)).tolist()
+            for i in self.stepped(): states[i][name] = values[i]
 
     def stepped(self): "Positions of the parameters that are stepped"; return range(len(self.batch))
 
@@ -209,14 +209,12 @@ def _plainly(batch):
     return batch.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in batch.tensors()))
 
 def unnoticed(
-    run:Callable, # Of a `Work` whose parameters are those of its `batch`, or of `original`
+    run:Callable, # Of a `Work`
 ) -> Callable:
     "`run`, without autograd noticing that parameters are written"
     @wraps(run)
     def quiet(self, stage):
-        if stage.sums: return run(self, stage)
-        params = tuple(p for p in getattr(self, 'original', self.batch).params if not p.is_inference())
-        with torch.autograd._unsafe_preserve_version_counter(params): return run(self, stage)
+        with torch._C._AutoDispatchBelowADInplaceOrView(): return run(self, stage)
     return quiet
 
 class ListEngine(Engine):
