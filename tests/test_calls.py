@@ -19,7 +19,8 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name not in ('lift_fresh', 'detach_'): self.calls[name] += 1 # a Python number becomes a tensor, which asks for no work
+        is_number = name in ('lift_fresh', 'detach_', 'to') and args[0].ndim == 0 # a Python number becomes a tensor, which asks for no work
+        if not is_number: self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 
     @property
