@@ -93,7 +93,9 @@ def _where(flag, a, b):
     if ts is None: return np.where(flag != 0, a, b) if isinstance(flag, np.ndarray) else a if flag else b
     if isinstance(flag, (bool, int, float)): return a if flag else b
     if isinstance(flag, np.ndarray) and (flag != 0).all() and isinstance(a, Tensors): return a
-    def value(t, x): return x.to(t.dtype) if torch.is_tensor(x) else t.new_full(t.shape, x) # filled on the device, and not uploaded
+    def value(t, x): # filled on the device, and not uploaded
+        if not torch.is_tensor(x): return t.new_full(t.shape, x)
+        return x if x.dtype == t.dtype else x.to(t.dtype)
     def choose(t, f, x, y): return torch.where(f != 0, value(t, x), value(t, y)) if torch.is_tensor(f) else value(t, x if f else y)
     return ts.each(choose, flag, a, b)
 
