@@ -144,7 +144,7 @@ class Adversary(RuleBasedStateMachine):
         if 'sqr_mom' in has and rough: hypers['sqr_mom'] = .9
         if 'clip' in has: hypers['clip'] = clip
         if 'k' in has: hypers['k'] = k
-        self.ways = WAYS if not (beta and 'beta' in has) else tuple(w for w in WAYS if w != 'foreach')
+        self.ways = tuple(w for w in ways(name) if not (beta and 'beta' in has and w == 'foreach'))
         if 'beta' in has: hypers['beta'] = beta
         self.hypers = hypers
         starts = [values(s, seed+i, dtype) for i,s in enumerate(shapes)]
@@ -209,8 +209,8 @@ class Adversary(RuleBasedStateMachine):
         def top(t): return float(t[t.isfinite()].abs().max()) if t.isfinite().any() else 0.
         off = float((a - b)[ok].abs().max()) if ok.any() else 0.
         scale = max(top(a), 0. if was is None else top(was.double()), (scales or {}).get(key, 0.), torch.finfo(torch.float32).tiny)
-        coarse = {t.dtype for t in self.native.tensors().values()} & set(SMALL_DTYPES)
-        eps = max([torch.finfo(own).eps, *(torch.finfo(d).eps for d in (self.dtypes_of(key) if coarse else []))])
+        mixed = len({t.dtype for t in self.native.tensors().values()}) > 1 # a model was converted: what is rounded most decides
+        eps = max([torch.finfo(own).eps, *(torch.finfo(d).eps for d in (self.dtypes_of(key) if mixed else []))])
         allowed = (EPS_16[way] if eps > 1e-4 else EPS)*eps*scale
         if norms_of(self.spec.name) and was is not None: allowed += NORMS.get(own, 3e-4)*top(a - was.double()) if was.shape == a.shape else 0.
         return off, allowed
@@ -386,6 +386,8 @@ class Adversary(RuleBasedStateMachine):
         "Another group, of a new parameter or of one that is in a group already"
         if self.n > 5 and not old or known('other groups'): return
         if old and (self.native.opt.frozen_idx or self.frozen() or self.native.slow()): return
+        if len(getattr(self.native.opt, 'slow_weights', None) or []) > len(self.group_ids): # those of a group that was dropped, which fastai takes for the new one's
+            self.each(lambda side: side.opt.clear_state())
         v = values(shape, seed, self.native.params[0].dtype)
         def f(side):
             p = side.params[seed % self.n] if old else v.clone()
@@ -426,11 +428,11 @@ class Adversary(RuleBasedStateMachine):
         "A step with a hyper that is a number in disguise"
         if hyper not in self.native.inner.hypers[0]: return
         if kind == 'integer' and hyper == 'mom': return
-        value = self.ODD[kind](2.**exponent)
-        if hyper == 'wd' and float(value): value = self.ODD[kind](WD)
+        value = self.ODD[kind](WD if hyper == 'wd' else 2.**exponent)
+        number = float(value.item() if hasattr(value, 'item') else value) # NumPy makes no number of an array with a dimension
         kept = [h[hyper] for h in self.native.inner.hypers]
         for side in self.sides:
-            for h in side.inner.hypers: h[hyper] = float(value) if side is self.native else value
+            for h in side.inner.hypers: h[hyper] = number if side is self.native else value
         self.step_all([values(p.shape, seed + i, p.dtype) for i,p in enumerate(self.native.params)])
         for side in self.sides:
             for h,v in zip(side.inner.hypers, kept): h[hyper] = v

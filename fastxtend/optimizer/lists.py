@@ -270,6 +270,11 @@ class ListWork(HostWork):
             sums.append(torch.stack([torch.stack([whole(t) for t in (norms(ts.ts) if n in of else [t.sum() for t in ts.ts])]) for n,ts in zip(stage.gives, got)]))
         for n,x in zip(stage.gives, torch.cat(sums, 1).tolist()): self.known[n] = np.square(x) if n in of else np.array(x)
 
+    def renew(self):
+        for copies,ts in zip(self.batch.tensors(), self.original.tensors()):
+            for copy,t in zip(copies, ts):
+                if copy is not t: copy.copy_(t)
+
     def write_back(self):
         if self.batch is self.original: return
         for n,ts in self.batch.named().items():
