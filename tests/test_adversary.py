@@ -19,7 +19,7 @@ SMALL_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, *SMALL_DTYPES)
 LAYOUTS = ('contiguous', 'transposed', 'channels_last', 'sliced')
 PLAIN_SHAPES = [(), (1,), (3,), (4, 5), (2, 3, 4, 4), (0,), (2, 0, 3), (1, 1), (6, 1, 2)]
-FLAGS = 'do_wd', 'force_train', 'local_lr' # What is no slot, even if it is a tensor
+FLAGS = 'do_wd', 'force_train', *KEPT # What is no slot, even if it is a tensor
 WD = .125 # A power of two: L2 regularization that cancels a gradient is rounded once everywhere
 EPS = 40 # Of the greatest element of a tensor, what one step may be away in 32 and 64 bits
 EPS_16 = dict(native=0, foreach=16, jit=16, fused=8) # ... in 16 bits, where the first two round each operation
@@ -96,11 +96,11 @@ class Side:
     def facts(self):
         "Everything else that a step may change"
         ids = {id(p): i for i,p in enumerate(self.params)}
-        return dict(state=[{k: None if k == 'local_lr' or isinstance(v, Tensor) and k not in FLAGS else v for k,v in self.of(i).items()} for i in range(len(self.params))],
+        return dict(state=[{k: None if k in KEPT or isinstance(v, Tensor) and k not in FLAGS else v for k,v in self.of(i).items()} for i in range(len(self.params))],
                     kinds={k: (tuple(t.shape), t.dtype) for k,t in self.tensors().items()}, requires_grad=[p.requires_grad for p in self.params],
                     groups=[[ids[id(p)] for p in pg] for pg in self.opt.param_lists], count=getattr(self.opt, 'count', None), frozen=self.opt.frozen_idx)
 
-    def ratios(self): return {i: self.of(i)['local_lr'] for i in range(len(self.params)) if 'local_lr' in self.of(i)}
+    def ratios(self): return {(i, k): v for i in range(len(self.params)) for k,v in self.of(i).items() if k in KEPT}
 
     def copy(self): return self.facts(), {k: plain(t) for k,t in self.tensors().items()}, {i: float(r) for i,r in self.ratios().items()}
 
@@ -191,9 +191,9 @@ class Adversary(RuleBasedStateMachine):
             for k,t in expected.items():
                 d, allowed = self.distance(k, t, got[k], side.way, before, scales)
                 assert d <= allowed, f"{side.way} after {what}: {k} is {d:.3g} away, and {allowed:.3g} are allowed"
-            for i,r in side.ratios().items():
-                a, b, tol = float(ratios[i]), float(r), max(LR[d] for _,d in facts['kinds'].values())
-                assert math.isclose(a, b, rel_tol=tol, abs_tol=1e-30) or (a != a and b != b), f"{side.way} after {what}: local_lr of {i} is {b}, not {a}"
+            for (i,k),r in side.ratios().items():
+                a, b, tol = float(ratios[i, k]), float(r), max(LR[d] for _,d in facts['kinds'].values())
+                assert math.isclose(a, b, rel_tol=tol, abs_tol=1e-30) or (a != a and b != b), f"{side.way} after {what}: {k} of {i} is {b}, not {a}"
         with torch.no_grad():
             for side in self.ours:
                 for k,t in side.tensors().items():
@@ -386,6 +386,7 @@ class Adversary(RuleBasedStateMachine):
         "Another group, of a new parameter or of one that is in a group already"
         if self.n > 5 and not old or known('other groups'): return
         if old and (self.native.opt.frozen_idx or self.frozen() or self.native.slow()): return
+        if old and not self.hypers['decouple_wd']: return # fastai adds L2 regularization to the gradient, so twice to one that is listed twice; ours leave gradients alone
         if len(getattr(self.native.opt, 'slow_weights', None) or []) > len(self.group_ids): # those of a group that was dropped, which fastai takes for the new one's
             self.each(lambda side: side.opt.clear_state())
         v = values(shape, seed, self.native.params[0].dtype)

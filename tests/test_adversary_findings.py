@@ -580,3 +580,17 @@ def test_parameters_without_slow_weights(name, way, where):
         for gs in make_grads(((3,),)*3, steps=5): step_with(opt, params, gs)
         return [*params, *(s for pg in opt.slow_weights for s in pg)]
     assert_same(run('native'), run(way), ALLOWED[way])
+
+@each_name
+@each_way
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['half', 'bfloat16'])
+def test_lazily_negated_in_16_bits(name, way, dtype):
+    "PyTorch copies float32 into a float16 tensor as if it were not negated: a parameter changed its sign"
+    def run(negate):
+        opt, params = started(name, way, dtype=dtype, decouple_wd=True)
+        if negate:
+            negate_params(opt, params)
+            negate_slots(opt, params)
+        for gs in make_grads(((5,), (4, 3), (), (6, 2)), dtype, steps=4, seed=7): step_with(opt, params, gs)
+        return resolved(result(opt, params))
+    assert_same(run(False), run(True), 4)
