@@ -19,7 +19,7 @@ SMALL_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, *SMALL_DTYPES)
 LAYOUTS = ('contiguous', 'transposed', 'channels_last', 'sliced')
 PLAIN_SHAPES = [(), (1,), (3,), (4, 5), (2, 3, 4, 4), (0,), (2, 0, 3), (1, 1), (6, 1, 2)]
-FLAGS = 'do_wd', 'force_train', 'local_lr' # What is no slot, even if it is a tensor
+FLAGS = 'do_wd', 'force_train', *KEPT # What is no slot, even if it is a tensor
 WD = .125 # A power of two: L2 regularization that cancels a gradient is rounded once everywhere
 EPS = 40 # Of the greatest element of a tensor, what one step may be away in 32 and 64 bits
 EPS_16 = dict(native=0, foreach=16, jit=16, fused=8) # ... in 16 bits, where the first two round each operation
@@ -96,11 +96,11 @@ class Side:
     def facts(self):
         "Everything else that a step may change"
         ids = {id(p): i for i,p in enumerate(self.params)}
-        return dict(state=[{k: None if k == 'local_lr' or isinstance(v, Tensor) and k not in FLAGS else v for k,v in self.of(i).items()} for i in range(len(self.params))],
+        return dict(state=[{k: None if k in KEPT or isinstance(v, Tensor) and k not in FLAGS else v for k,v in self.of(i).items()} for i in range(len(self.params))],
                     kinds={k: (tuple(t.shape), t.dtype) for k,t in self.tensors().items()}, requires_grad=[p.requires_grad for p in self.params],
                     groups=[[ids[id(p)] for p in pg] for pg in self.opt.param_lists], count=getattr(self.opt, 'count', None), frozen=self.opt.frozen_idx)
 
-    def ratios(self): return {i: self.of(i)['local_lr'] for i in range(len(self.params)) if 'local_lr' in self.of(i)}
+    def ratios(self): return {(i, k): v for i in range(len(self.params)) for k,v in self.of(i).items() if k in KEPT}
 
     def copy(self): return self.facts(), {k: plain(t) for k,t in self.tensors().items()}, {i: float(r) for i,r in self.ratios().items()}
 
@@ -144,7 +144,7 @@ class Adversary(RuleBasedStateMachine):
         if 'sqr_mom' in has and rough: hypers['sqr_mom'] = .9
         if 'clip' in has: hypers['clip'] = clip
         if 'k' in has: hypers['k'] = k
-        self.ways = WAYS if not (beta and 'beta' in has) else tuple(w for w in WAYS if w != 'foreach')
+        self.ways = tuple(w for w in ways(name) if not (beta and 'beta' in has and w == 'foreach'))
         if 'beta' in has: hypers['beta'] = beta
         self.hypers = hypers
         starts = [values(s, seed+i, dtype) for i,s in enumerate(shapes)]
@@ -191,9 +191,9 @@ class Adversary(RuleBasedStateMachine):
             for k,t in expected.items():
                 d, allowed = self.distance(k, t, got[k], side.way, before, scales)
                 assert d <= allowed, f"{side.way} after {what}: {k} is {d:.3g} away, and {allowed:.3g} are allowed"
-            for i,r in side.ratios().items():
-                a, b, tol = float(ratios[i]), float(r), max(LR[d] for _,d in facts['kinds'].values())
-                assert math.isclose(a, b, rel_tol=tol, abs_tol=1e-30) or (a != a and b != b), f"{side.way} after {what}: local_lr of {i} is {b}, not {a}"
+            for (i,k),r in side.ratios().items():
+                a, b, tol = float(ratios[i, k]), float(r), max(LR[d] for _,d in facts['kinds'].values())
+                assert math.isclose(a, b, rel_tol=tol, abs_tol=1e-30) or (a != a and b != b), f"{side.way} after {what}: {k} of {i} is {b}, not {a}"
         with torch.no_grad():
             for side in self.ours:
                 for k,t in side.tensors().items():
@@ -209,8 +209,8 @@ class Adversary(RuleBasedStateMachine):
         def top(t): return float(t[t.isfinite()].abs().max()) if t.isfinite().any() else 0.
         off = float((a - b)[ok].abs().max()) if ok.any() else 0.
         scale = max(top(a), 0. if was is None else top(was.double()), (scales or {}).get(key, 0.), torch.finfo(torch.float32).tiny)
-        coarse = {t.dtype for t in self.native.tensors().values()} & set(SMALL_DTYPES)
-        eps = max([torch.finfo(own).eps, *(torch.finfo(d).eps for d in (self.dtypes_of(key) if coarse else []))])
+        mixed = len({t.dtype for t in self.native.tensors().values()}) > 1 # a model was converted: what is rounded most decides
+        eps = max([torch.finfo(own).eps, *(torch.finfo(d).eps for d in (self.dtypes_of(key) if mixed else []))])
         allowed = (EPS_16[way] if eps > 1e-4 else EPS)*eps*scale
         if norms_of(self.spec.name) and was is not None: allowed += NORMS.get(own, 3e-4)*top(a - was.double()) if was.shape == a.shape else 0.
         return off, allowed
@@ -386,6 +386,9 @@ class Adversary(RuleBasedStateMachine):
         "Another group, of a new parameter or of one that is in a group already"
         if self.n > 5 and not old or known('other groups'): return
         if old and (self.native.opt.frozen_idx or self.frozen() or self.native.slow()): return
+        if old and not self.hypers['decouple_wd']: return # fastai adds L2 regularization to the gradient, so twice to one that is listed twice; ours leave gradients alone
+        if len(getattr(self.native.opt, 'slow_weights', None) or []) > len(self.group_ids): # those of a group that was dropped, which fastai takes for the new one's
+            self.each(lambda side: side.opt.clear_state())
         v = values(shape, seed, self.native.params[0].dtype)
         def f(side):
             p = side.params[seed % self.n] if old else v.clone()
@@ -426,11 +429,11 @@ class Adversary(RuleBasedStateMachine):
         "A step with a hyper that is a number in disguise"
         if hyper not in self.native.inner.hypers[0]: return
         if kind == 'integer' and hyper == 'mom': return
-        value = self.ODD[kind](2.**exponent)
-        if hyper == 'wd' and float(value): value = self.ODD[kind](WD)
+        value = self.ODD[kind](WD if hyper == 'wd' else 2.**exponent)
+        number = float(value.item() if hasattr(value, 'item') else value) # NumPy makes no number of an array with a dimension
         kept = [h[hyper] for h in self.native.inner.hypers]
         for side in self.sides:
-            for h in side.inner.hypers: h[hyper] = float(value) if side is self.native else value
+            for h in side.inner.hypers: h[hyper] = number if side is self.native else value
         self.step_all([values(p.shape, seed + i, p.dtype) for i,p in enumerate(self.native.params)])
         for side in self.sides:
             for h,v in zip(side.inner.hypers, kept): h[hyper] = v

@@ -536,3 +536,61 @@ def test_lookahead_of_overlapping_parameters(name, way, missing):
             step_with(opt, params, [None if i == missing else g for i,g in enumerate(gs)])
         return [buffer.clone(), *(s for pg in opt.slow_weights for s in pg)]
     assert_same(run('native'), run(way), ALLOWED[way])
+
+@each_name
+@each_way
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=['double', 'bfloat16'])
+def test_listed_twice_and_converted(name, way, dtype):
+    "A step on copies, because state has another dtype: the second step of the same parameter begins where the first ended"
+    def run(way):
+        a, = params = make_params([(3,)])
+        opt = build(name, [[a], [a]], way, mom=.9, wd=.125)
+        train(opt, params, make_grads(((3,),), steps=2))
+        a.grad, a.data = None, a.data.to(dtype)
+        train(opt, params, make_grads(((3,),), dtype, steps=2))
+        return result(opt, params)
+    expected, got = run('native'), run(way)
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) # of what was rounded most
+    assert distance(expected['params'][0], got['params'][0])*torch.finfo(dtype).eps <= 6*eps
+
+@each_name
+@each_way
+@pytest.mark.parametrize('flag', [None, '', 'no', 0, np.False_, torch.tensor(False)], ids=repr)
+def test_weight_decay_by_anything_that_is_true_or_false(name, way, flag):
+    "fastai asks whether `do_wd` is true, whatever it is"
+    def run(way):
+        opt, params = started(name, way, wd=.125)
+        for p in params[:2]: opt.state[p]['do_wd'] = flag
+        for gs in make_grads(((5,), (4, 3), (), (6, 2)), steps=3, seed=3): step_with(opt, params, gs)
+        return [p.detach() for p in params]
+    assert_same(run('native'), run(way), ALLOWED[way])
+
+@pytest.mark.parametrize('name', [n for n in NAMES if OPTIMIZERS[n].has_lookahead])
+@each_way
+@pytest.mark.parametrize('where', ['at the end', 'in the first group'])
+def test_parameters_without_slow_weights(name, way, where):
+    "What was added after Lookahead's first step is not synchronised, and the others are with their own slow weights"
+    def run(way):
+        a, b, c = params = make_params([(3,)]*3)
+        opt = build(name, [[a], [b]], way, k=2)
+        inner = getattr(opt, 'opt', opt) # of fastai's Lookahead
+        step_ones(opt, params)
+        if where == 'at the end': inner.param_lists, inner.hypers = L(L([a]), L([b]), L([c])), L(*inner.hypers, dict(inner.hypers[-1]))
+        else: inner.param_lists = L(L([a, c]), L([b]))
+        for gs in make_grads(((3,),)*3, steps=5): step_with(opt, params, gs)
+        return [*params, *(s for pg in opt.slow_weights for s in pg)]
+    assert_same(run('native'), run(way), ALLOWED[way])
+
+@each_name
+@each_way
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['half', 'bfloat16'])
+def test_lazily_negated_in_16_bits(name, way, dtype):
+    "PyTorch copies float32 into a float16 tensor as if it were not negated: a parameter changed its sign"
+    def run(negate):
+        opt, params = started(name, way, dtype=dtype, decouple_wd=True)
+        if negate:
+            negate_params(opt, params)
+            negate_slots(opt, params)
+        for gs in make_grads(((5,), (4, 3), (), (6, 2)), dtype, steps=4, seed=7): step_with(opt, params, gs)
+        return resolved(result(opt, params))
+    assert_same(run(False), run(True), 4)

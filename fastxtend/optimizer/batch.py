@@ -172,7 +172,7 @@ def copy_like(
                          "is it the state of another model?")
     value = value.detach()
     if is_sharded(p) and not is_sharded(value): value = _sharded_like(p, value)
-    return torch.zeros_like(p, requires_grad=False).copy_(value)
+    return torch.zeros_like(p, requires_grad=False).copy_(value.to(p.dtype))
 
 def _sharded_like(p, value):
     "The whole tensor `value`, split between processes as `p` is"

@@ -193,7 +193,7 @@ def row(self:FastOptimizer,
 ) -> dict:
     "The scalars of a parameter"
     attached = {k: v for a in self.attached.values() for k,v in a.scalars.items()}
-    given = {**self.options, **attached, **self.hypers[group], 'do_wd': do_wd, **dict(zip(facts_in(composition), facts))}
+    given = {**self.options, **attached, **self.hypers[group], 'do_wd': bool(do_wd), **dict(zip(facts_in(composition), facts))}
     row = {n: as_number(n, given[n]) for n in composition.hypers}
     for n,x in row.items():
         if not -FLOAT32 <= x <= FLOAT32: self.check_range(group, n, x)
@@ -485,11 +485,12 @@ class LookaheadMixin:
         pairs:list, # Fast and slow weights that are to meet
     ) -> list: # Those that have not
         "Step everything that has a gradient"
-        lent = dict(slow_weights=[slow for fast,slow in pairs if fast.grad is not None]) if pairs else {}
+        paired = list(map(len, self.slow_weights)) == list(map(len, self.param_lists)) # else a group came or grew: what is new has no slow weights
+        lent = dict(slow_weights=[slow for fast,slow in pairs if fast.grad is not None]) if pairs and paired else {}
         planned, left = self.ready(**lent), [(fast, slow) for fast,slow in pairs if fast.grad is None]
         if planned is None: return pairs
-        if pairs and (planned[0].tangled or left and sharing_memory([fast for fast,_ in pairs])): planned = self.ready()
-        else: pairs = left
+        if lent and (planned[0].tangled or left and sharing_memory([fast for fast,_ in pairs])): planned = self.ready()
+        elif lent: pairs = left
         self.take_step(*planned)
         return pairs
 

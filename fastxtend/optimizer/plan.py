@@ -44,6 +44,8 @@ class Engine:
 
 class Work:
     "One part of one step"
+    def renew(self): "Another part has stepped, which shares memory with this one: copies made before are of no use"
+
     def run(self,
         stage, # The next `Stage` of the composition
     ):
@@ -235,10 +237,15 @@ def run(
 ) -> dict: # Sums over the model: a number, or a tensor of numbers whose sum it is
     "One step"
     works, sums = [part.engine.begin(part, batch, seen) for part in plan.parts], {}
-    for stage in batch.composition.stages:
+    stages = batch.composition.stages
+    together = max((i+1 for i,stage in enumerate(stages) if any(s.over == 'model' for s in stage.sums.values())), default=0)
+    for stage in stages[:together]:
         for work in works: work.run(stage)
         for name,summed in stage.sums.items():
             if summed.over == 'model': sums[name] = share(works, name)
+    for work in works:
+        if plan.tangled: work.renew()
+        for stage in stages[together:]: work.run(stage)
     for work in works: work.keep()
     return sums
 
