@@ -268,7 +268,7 @@ def plan(self:FastOptimizer,
     params, last = batch.params, self._plans.get(batch.composition)
     seen = look(batch, last and last.seen)
     if last is not None and last.holds(seen): return last, batch, last.seen
-    if seen.reasons.any():
+    if seen.reasons.any() or (seen.dtypes[:, 0] != seen.dtypes[:, 1]).any():
         check_batch(batch)
         self.init_slots(batch)
         batch = shards(batch)
