@@ -166,6 +166,7 @@ def copy_like(
     p:Tensor, # A parameter
     name:str, # Name of the state, for the message
     value:Tensor, # Saved state of the parameter
+    dtype:torch.dtype=None, # Of the copy, if it is not that of `p`
 ) -> Tensor:
     "A copy of `value` with the dtype, device and layout of `p`; `ValueError` if the shapes differ"
     if not torch.is_tensor(value) or value.shape != p.shape:
@@ -173,7 +174,7 @@ def copy_like(
                          "is it the state of another model?")
     value = value.detach()
     if is_sharded(p) and not is_sharded(value): value = _sharded_like(p, value)
-    return torch.zeros_like(p, requires_grad=False).copy_(value)
+    return torch.zeros_like(p, dtype=dtype, requires_grad=False).copy_(value)
 
 def _sharded_like(p, value):
     "The whole tensor `value`, split between processes as `p` is"
