@@ -14,7 +14,7 @@ from fastcore.all import L, noop
 from torch import Tensor
 
 from fastxtend.optimizer import all as optimizers
-from fastxtend.optimizer.declare import BACKENDS, helper as make_helper
+from fastxtend.optimizer.declare import BACKENDS, FLAGS, helper as make_helper
 from fastxtend.optimizer.lists import BLOCK
 from fastxtend.optimizer.table import OPTIMIZERS, known_slots
 
@@ -68,7 +68,7 @@ def build(name, params, way='native', lr=.01, **kwargs):
 def defaults(name):
     "Default values of the hyperparameters and settings of an optimizer"
     params = inspect.signature(constructor(name)).parameters
-    return {k: v.default for k,v in params.items() if k not in ('params', 'lr', *BACKENDS)}
+    return {k: v.default for k,v in params.items() if k not in ('params', 'lr', *FLAGS)}
 
 def moms(name):
     "The values of `mom` that make a different optimizer: none is as good as any unless it keeps less state"

@@ -57,6 +57,8 @@ BUILD = [
     Wrong('too many arguments',              lambda f: f([leaf()], *[.1]*20), TypeError, 'positional|multiple values'),
     Wrong('a second backend',                lambda f: f([leaf()], .1, **{b: True for b in BACKENDS}), ValueError, 'Use one of'),
     Wrong('k of 0',                          lambda f: f([leaf()], .1, k=0), ValueError, 'cannot be 0', LOOKAHEAD),
+    Wrong('state without kernels',           lambda f: f([leaf()], .1, state='bfloat16'), ValueError, 'use `fused=True`'),
+    Wrong('state in an unknown form',        lambda f: f([leaf()], .1, fused=True, state='float11'), ValueError, "'bfloat16'.*'float11'"),
     Wrong('a negative k',                    lambda f: f([leaf()], .1, k=-6), ValueError, 'cannot be -6', LOOKAHEAD),
     Wrong('freezing the only group',         lambda f: f([leaf()], .1).freeze(), AssertionError, ''),
 ]
@@ -68,6 +70,7 @@ HELPER = [
     Wrong('params, which Learner sets',      lambda f, flags: f(params=[leaf()], **flags), TypeError, 'params'),
     Wrong('too many arguments',              lambda f, flags: f(*[.1]*20, **flags), TypeError, 'positional|multiple values'),
     Wrong('a second backend',                lambda f, flags: f(**{b: True for b in BACKENDS}), ValueError, 'Use one of'),
+    Wrong('state in an unknown form',        lambda f, flags: f(**flags, state='float11'), ValueError, "'bfloat16'.*'float11'"),
     Wrong('a backend twice',                 lambda f, flags: f(**flags)([leaf()], lr=.1, **{b: True for b in BACKENDS if b not in flags}), ValueError, 'Use one of'),
 ]
 

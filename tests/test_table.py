@@ -29,8 +29,8 @@ def arguments(f, without=()):
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_constructors_as_published(name):
     f = constructor(name)
-    assert arguments(f, without=('fused', *(() if 'foreach=' in PUBLISHED[name] else ('foreach',)))) == PUBLISHED[name]
-    assert list(inspect.signature(f).parameters)[-3:] == list(BACKENDS)
+    assert arguments(f, without=('fused', 'state', *(() if 'foreach=' in PUBLISHED[name] else ('foreach',)))) == PUBLISHED[name]
+    assert list(inspect.signature(f).parameters)[-len(FLAGS):] == list(FLAGS)
     assert f.__module__ == 'fastxtend.optimizer.fused' and f.__doc__
 
 @pytest.mark.parametrize('name', NAMES)

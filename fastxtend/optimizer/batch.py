@@ -112,10 +112,11 @@ def check_tensors(
     name:str, # What that is, for messages
     fields:list, # `fields_of(params)`
 ):
-    "`RuntimeError` if a gradient or a state tensor does not fit its parameter. State may have another floating point dtype, if the model was converted"
+    "`RuntimeError` if a gradient or a state tensor does not fit its parameter. State may have another floating point dtype, and a gradient the one that PyTorch allows"
     for p,t,expected in zip(params, tensors, fields):
         if t is None or isinstance(t, Tensor) and _fields(t) == expected: continue
-        if name == 'gradient' or not isinstance(t, Tensor) or not t.is_floating_point() or (t.shape, t.device, t.layout) != (p.shape, p.device, p.layout): _refuse(name, p, t)
+        if not isinstance(t, Tensor) or not t.is_floating_point() or (t.shape, t.device, t.layout) != (p.shape, p.device, p.layout): _refuse(name, p, t)
+        if name == 'gradient' and getattr(p, 'grad_dtype', p.dtype) not in (t.dtype, None): _refuse(name, p, t) # PyTorch lets users choose the dtype, or any (`None`)
 
 def _refuse(name, p, t):
     "Raise the error for a gradient or state tensor `t` that does not fit `p`"
@@ -157,7 +158,7 @@ def lay_out(
     odd = [(i, t) for i in idxs if is_dense(batch.params[i]) for ts in batch.slots.values() for t in [ts[i]] if t.stride() != batch.params[i].stride()]
     shared = set(sharing_memory(*batch.tensors())) if odd else ()
     odd = [(i, t) for i,t in odd if i not in shared and t.untyped_storage().nbytes() == t.numel()*t.element_size()]
-    for i,t in odd: t.data = torch.empty_like(batch.params[i]).copy_(t)
+    for i,t in odd: t.data = torch.empty_like(batch.params[i], dtype=t.dtype).copy_(t)
     return bool(odd)
 
 # %% ../../nbs/optimizer.batch.ipynb #47e42eb1
@@ -165,6 +166,7 @@ def copy_like(
     p:Tensor, # A parameter
     name:str, # Name of the state, for the message
     value:Tensor, # Saved state of the parameter
+    dtype:torch.dtype=None, # Of the copy, if it is not that of `p`
 ) -> Tensor:
     "A copy of `value` with the dtype, device and layout of `p`; `ValueError` if the shapes differ"
     if not torch.is_tensor(value) or value.shape != p.shape:
@@ -172,7 +174,7 @@ def copy_like(
                          "is it the state of another model?")
     value = value.detach()
     if is_sharded(p) and not is_sharded(value): value = _sharded_like(p, value)
-    return torch.zeros_like(p, requires_grad=False).copy_(value.to(p.dtype))
+    return torch.zeros_like(p, dtype=dtype, requires_grad=False).copy_(value.to(dtype or p.dtype))
 
 def _sharded_like(p, value):
     "The whole tensor `value`, split between processes as `p` is"

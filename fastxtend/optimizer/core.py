@@ -18,8 +18,8 @@ from .attach import same_objects, sums_only
 from .batch import Batch, as_number, check_batch, check_params, check_tensors, copy_like, describe, fields_of, lay_out, shards
 from .plan import Engine, Plan, Ran, look, make_plan, run
 from .probe import STRIDES, Probe, sharing_memory
-from .steppers import Composition, compose, picked, switches
-from .table import FACTS, OptimizerSpec, known_slots, slots_of
+from .steppers import Composition, Slot, compose, picked, switches
+from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
 # %% auto #0
 __all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in', 'Layout', 'FastOptimizer',
@@ -150,13 +150,24 @@ class FastOptimizer(Optimizer):
     def steppers(self): "What a step consists of"; return self.spec.steppers(decouple_wd=self.decouple_wd, **{**self.arguments, **self.options})
 
     @property
-    def slot_names(self):
-        "Names of the state tensors of a parameter"
-        if 'slots' not in self._compositions: self._compositions['slots'] = slots_of(self.steppers)
+    def own_slots(self):
+        "Name to `Slot` of the state tensors of a parameter"
+        if 'slots' not in self._compositions: self._compositions['slots'] = own_slots(self.steppers)
         return self._compositions['slots']
 
     @property
+    def slot_names(self): "Names of the state tensors of a parameter"; return tuple(self.own_slots)
+
+    @property
     def engine(self) -> Engine: "What runs everything that no kernel runs"; raise NotImplementedError
+
+    slot_dtype = None # Of state tensors, if it is not that of their parameters
+    def dtype_of(self,
+        p:Tensor, # A parameter
+        slot:Slot, # One of its slots
+    ) -> torch.dtype:
+        "What the slot is kept in. Weights stay as exact as their parameter, and what is lent is not ours"
+        return p.dtype if self.slot_dtype is None or slot.start == 'p' or slot.lent else self.slot_dtype
 
     kernels = None # From the code of a device to an engine with kernels, if these are asked for
 
@@ -251,7 +262,8 @@ def gather(self:FastOptimizer,
     return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition)
 
 # %% ../../nbs/optimizer.core.ipynb #944668fd
-def _start(start, p): return torch.empty_like(p, requires_grad=False).copy_(p) if start == 'p' else torch.full_like(p, start, requires_grad=False)
+def _start(start, p, dtype):
+    return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(p) if start == 'p' else torch.full_like(p, start, dtype=dtype, requires_grad=False)
 
 @patch
 def init_slots(self:FastOptimizer,
@@ -260,8 +272,8 @@ def init_slots(self:FastOptimizer,
     "Create the slots that are missing"
     for name,ts in batch.slots.items():
         if not any(t is None for t in ts): continue
-        start = batch.composition.slots[name].start
-        batch.slots[name] = [_start(start, p) if t is None else t for p,t in zip(batch.params, ts)]
+        slot = batch.composition.slots[name]
+        batch.slots[name] = [_start(slot.start, p, self.dtype_of(p, slot)) if t is None else t for p,t in zip(batch.params, ts)]
     for name,ts in batch.slots.items(): # all are there: none is kept if memory ran out
         if batch.composition.slots[name].lent: continue
         for state,t in zip(batch.states, ts): state.setdefault(name, t)
@@ -276,7 +288,7 @@ def plan(self:FastOptimizer,
     params, last = batch.params, self._plans.get(batch.composition)
     seen = look(batch, last and last.seen)
     if last is not None and last.holds(seen): return last, batch, last.seen
-    if seen.reasons.any():
+    if seen.reasons.any() or (seen.dtypes[:, 0] != seen.dtypes[:, 1]).any():
         check_batch(batch)
         self.init_slots(batch)
         batch = shards(batch)
@@ -443,7 +455,7 @@ def loaded(self:FastOptimizer,
 
 @patch
 def _loaded_item(self:FastOptimizer, p, name, value):
-    if name in self.slot_names: return copy_like(p, name, value)
+    if name in self.own_slots: return copy_like(p, name, value, self.dtype_of(p, self.own_slots[name]))
     if name in known_slots():
         raise ValueError(f"The saved state is of another optimizer: it has '{name}', which {self.spec.name}, built as this one is, does not keep")
     counters = self.composition().counters

@@ -169,12 +169,13 @@ def compiled(
 ) -> numba.core.ccallback.CFunc:
     "The chunk function of `stage`"
     real = real_of(formats)
-    digest = hashlib.sha256((chunk_source(stage, formats, tensors, row) + ''.join(map(_sources, stage.functions.values()))).encode()).hexdigest()[:12]
-    name = f"{stage.name}_{'_'.join(dict.fromkeys(str(f.dtype)[6:] for f in formats))}_{digest}"
+    dtypes = [str(f.dtype)[6:] for f in formats]
+    digest = hashlib.sha256((repr(dtypes) + chunk_source(stage, formats, tensors, row) + ''.join(map(_sources, stage.functions.values()))).encode()).hexdigest()[:12]
+    name = f"{stage.name}_{'_'.join(dict.fromkeys(dtypes))}_{digest}"
     math = math_in(real)
     env = {**math, **{n: compile_function(f, math, _jit) for n,f in stage.functions.items()},
-           **{f'{what}_{k}': x for k,f in enumerate(formats) for what,x in (('load', f.load), ('save', f.save), ('elements', _elements(f.store)))},
-           **dict(carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr, scalars_at=_elements(formats[0].compute), zero=real(0), __name__=__name__)}
+           **{f'{what}_{k}': x for k,f in enumerate(formats) for what,x in zip(('load', 'save', 'elements'), (*_in(f, real), _elements(f.store)))},
+           **dict(carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr, scalars_at=_elements(numba.from_dtype(np.dtype(real))), zero=real(0), __name__=__name__)}
     exec(compile(chunk_source(stage, formats, tensors, row, name), __file__, 'exec'), env)
     fastmath = {'contract', 'reassoc'} if stage.sums else {'contract'}
     return with_cache(lambda cache: cfunc(types.void(*[i64]*5), cache=cache, error_model='numpy', fastmath=fastmath)(env[name]))
@@ -184,8 +185,14 @@ _elements = lru_cache(None)(pointer_to)
 def real_of(
     formats:tuple, # `Format` of each tensor of a parameter
 ) -> type:
-    "NumPy's type of what is computed with"
-    return np.float64 if formats[0].compute == types.float64 else np.float32
+    "NumPy's type of what is computed with: that of the widest tensor"
+    return np.float64 if any(f.compute == types.float64 for f in formats) else np.float32
+
+def _in(fmt, real):
+    "How a tensor is loaded and saved where all is computed in `real`"
+    if (fmt.compute == types.float64) == (real is np.float64): return fmt.load, fmt.save
+    load, save = fmt.load, fmt.save
+    return _jit(lambda x: real(load(x))), _jit(lambda x: save(np.float32(x)))
 
 # %% ../../nbs/optimizer.cpu.ipynb #95379210
 CHUNK, SERIAL = 2**14, 2**16

@@ -22,8 +22,8 @@ if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 5): raise ImportErro
 
 # %% auto #0
 __all__ = ['WARPS', 'MOST', 'OPTIONS', 'FORMATS', 'CHANGED', 'triton_stage', 'triton_late', 'sums_before', 'step_kernel',
-           'sums_kernel', 'Format', 'constants', 'make_chunks', 'upload', 'Tables', 'TritonEngine', 'engine',
-           'TritonWork', 'MachineCode', 'compile_ahead']
+           'sums_kernel', 'Format', 'format_of', 'constants', 'make_chunks', 'upload', 'Tables', 'TritonEngine',
+           'engine', 'TritonWork', 'MachineCode', 'compile_ahead']
 
 # %% ../../nbs/optimizer.cuda.ipynb #e54c0b8b
 @triton.jit
@@ -113,11 +113,11 @@ def _find_chunk(entries, owners, chunk, n_tensors:tl.constexpr):
     return param, size, length, first, row, bits % 16 == 0
 
 @triton.jit
-def _pointers(param, at, n:tl.constexpr, dtype:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
+def _pointers(param, at, n:tl.constexpr, dtypes:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
     "Pointers to a block of the first `n` tensors"
     pointers = ()
     for i in tl.static_range(n):
-        pointer = tl.load(param + i).to(tl.pointer_type(dtype)) + at
+        pointer = tl.load(param + i).to(tl.pointer_type(dtypes[i])) + at
         if not masked: pointer = tl.multiple_of(pointer, 16)
         pointers = pointers + (pointer + tl.arange(0, BLOCK),)
     return pointers
@@ -136,21 +136,21 @@ def _load_block(pointers, mask, n:tl.constexpr, compute:tl.constexpr):
 
 # %% ../../nbs/optimizer.cuda.ipynb #c641f914
 @triton.jit
-def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, dtype:tl.constexpr, compute:tl.constexpr,
+def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
                 BLOCK:tl.constexpr, masked:tl.constexpr, clear:tl.constexpr):
     "Run `stage` on a block"
     mask = _inside(at, size, BLOCK) if masked else None
-    pointers = _pointers(param, at, n, dtype, BLOCK, masked)
+    pointers = _pointers(param, at, n, dtypes, BLOCK, masked)
     new = stage(*_load_block(pointers, mask, n, compute), *scalars)
-    tl.store(pointers[0], new[0].to(dtype), mask=mask)
-    for i in tl.static_range(2, n): tl.store(pointers[i], new[i-1].to(dtype), mask=mask)
-    if clear: tl.store(pointers[1], tl.zeros((BLOCK,), dtype), mask=mask)
+    tl.store(pointers[0], new[0].to(dtypes[0]), mask=mask)
+    for i in tl.static_range(2, n): tl.store(pointers[i], new[i-1].to(dtypes[i]), mask=mask)
+    if clear: tl.store(pointers[1], tl.zeros((BLOCK,), dtypes[1]), mask=mask)
 
 @triton.jit
-def _step_either(param, at, size, aligned, scalars, stage:tl.constexpr, n:tl.constexpr, dtype:tl.constexpr, compute:tl.constexpr,
+def _step_either(param, at, size, aligned, scalars, stage:tl.constexpr, n:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
                  BLOCK:tl.constexpr, clear:tl.constexpr):
-    if aligned & (at + BLOCK <= size): _step_block(param, at, size, scalars, stage, n, dtype, compute, BLOCK, False, clear)
-    else: _step_block(param, at, size, scalars, stage, n, dtype, compute, BLOCK, True, clear)
+    if aligned & (at + BLOCK <= size): _step_block(param, at, size, scalars, stage, n, dtypes, compute, BLOCK, False, clear)
+    else: _step_block(param, at, size, scalars, stage, n, dtypes, compute, BLOCK, True, clear)
 
 @triton.jit
 def _sums(partials, totals, first, count, n_chunks, n:tl.constexpr, models:tl.constexpr, MOST:tl.constexpr):
@@ -178,7 +178,7 @@ def step_kernel(
     models:tl.constexpr, # Which of them are over the model, as bits
     keep:tl.constexpr, # Which of what follows from sums is kept, as bits
     clear:tl.constexpr, # Zero the gradients?
-    dtype:tl.constexpr, # Of the tensors
+    dtypes:tl.constexpr, # Of each tensor
     compute:tl.constexpr, # What steppers compute in
     BLOCK:tl.constexpr, # Elements of a block
     MOST:tl.constexpr, # Most chunks of a parameter if there are sums
@@ -187,14 +187,14 @@ def step_kernel(
     param, size, length, first, row, aligned = _find_chunk(entries, owners, tl.program_id(0), n_tensors)
     start = (tl.program_id(0) - first)*length
     scalars = _load_all(rows + row*n_row, n_row)
-    if late is None: _step_either(param, start, size, aligned, scalars, stage, n_tensors, dtype, compute, BLOCK, clear)
+    if late is None: _step_either(param, start, size, aligned, scalars, stage, n_tensors, dtypes, compute, BLOCK, clear)
     else:
         values = late(*_sums(partials, totals, first, tl.cdiv(size, length), tl.num_programs(0), n_sums, models, MOST), *scalars)
         if keep:
             if tl.program_id(0) == first: _keep(kept, tl.load(param + n_tensors + 4), values, keep)
         scalars = scalars + values
         for at in tl.range(start, tl.minimum(start + length, size), BLOCK, disable_licm=True):
-            _step_either(param, at, size, aligned, scalars, stage, n_tensors, dtype, compute, BLOCK, clear)
+            _step_either(param, at, size, aligned, scalars, stage, n_tensors, dtypes, compute, BLOCK, clear)
 
 @triton.jit
 def _keep(kept, position, values, keep:tl.constexpr):
@@ -204,11 +204,11 @@ def _keep(kept, position, values, keep:tl.constexpr):
 
 # %% ../../nbs/optimizer.cuda.ipynb #645515f4
 @triton.jit
-def _terms(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, n_own:tl.constexpr, dtype:tl.constexpr, compute:tl.constexpr,
+def _terms(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, n_own:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
            BLOCK:tl.constexpr, masked:tl.constexpr):
     "What is to be added up of a block, and zero outside of the tensor"
     mask = _inside(at, size, BLOCK) if masked else None
-    found = stage(*_load_block(_pointers(param, at, n, dtype, BLOCK, masked), mask, n, compute), *scalars)
+    found = stage(*_load_block(_pointers(param, at, n, dtypes, BLOCK, masked), mask, n, compute), *scalars)
     terms = ()
     for i in tl.static_range(n_own): terms = terms + (tl.where(mask, found[i], 0.).to(compute) if masked else found[i].to(compute),)
     return terms
@@ -221,7 +221,7 @@ def _add_each(a, b, n:tl.constexpr):
 
 @triton.jit
 def _sum_chunk(entries, owners, rows, partials, totals, chunk, n_chunks, stage:tl.constexpr, late:tl.constexpr, n_tensors:tl.constexpr, n_read:tl.constexpr,
-               n_row:tl.constexpr, n_sums:tl.constexpr, n_own:tl.constexpr, models:tl.constexpr, dtype:tl.constexpr, compute:tl.constexpr,
+               n_row:tl.constexpr, n_sums:tl.constexpr, n_own:tl.constexpr, models:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
                BLOCK:tl.constexpr, MOST:tl.constexpr):
     "Add up what `stage` gives over one chunk, in blocks"
     param, size, length, first, row, aligned = _find_chunk(entries, owners, chunk, n_tensors)
@@ -231,8 +231,8 @@ def _sum_chunk(entries, owners, rows, partials, totals, chunk, n_chunks, stage:t
     added = ()
     for i in tl.static_range(n_own): added = added + (tl.zeros((BLOCK,), compute),)
     for at in tl.range(start, tl.minimum(start + length, size), BLOCK, disable_licm=True):
-        if aligned & (at + BLOCK <= size): terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtype, compute, BLOCK, masked=False)
-        else: terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtype, compute, BLOCK, masked=True)
+        if aligned & (at + BLOCK <= size): terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtypes, compute, BLOCK, masked=False)
+        else: terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtypes, compute, BLOCK, masked=True)
         added = _add_each(added, terms, n_own)
     return added
 
@@ -255,7 +255,7 @@ def sums_kernel(
     n_sums:tl.constexpr, # Sums of stages before
     n_own:tl.constexpr, # Sums of this one
     models:tl.constexpr, # Which of all are over the model, as bits
-    dtype:tl.constexpr, # Of the tensors
+    dtypes:tl.constexpr, # Of each tensor
     compute:tl.constexpr, # What steppers compute in
     BLOCK:tl.constexpr, # Elements of a block
     MOST:tl.constexpr, # Most chunks of a parameter
@@ -263,14 +263,14 @@ def sums_kernel(
     "Add up what `stage` gives: over one chunk of one parameter, or, if there are sums over the model, over every `MOST`th chunk"
     if (models >> n_sums) == 0:
         added = _sum_chunk(entries, owners, rows, partials, totals, tl.program_id(0), n_chunks, stage, late, n_tensors, n_read, n_row, n_sums, n_own, models,
-                           dtype, compute, BLOCK, MOST)
+                           dtypes, compute, BLOCK, MOST)
         _leave_sums(partials, tl.program_id(0), n_chunks, added, n_sums, n_own)
     else:
         found = ()
         for i in tl.static_range(n_own): found = found + (tl.zeros((BLOCK,), compute),)
         for chunk in tl.range(tl.program_id(0), n_chunks, MOST):
             added = _sum_chunk(entries, owners, rows, partials, totals, chunk, n_chunks, stage, late, n_tensors, n_read, n_row, n_sums, n_own, models,
-                               dtype, compute, BLOCK, MOST)
+                               dtypes, compute, BLOCK, MOST)
             if ((models >> n_sums) + 1) >> n_own == 0: _leave_sums(partials, chunk, n_chunks, added, n_sums, n_own) # some are over tensors
             found = _add_each(found, added, n_own)
         for i in tl.static_range(n_own):
@@ -289,6 +289,12 @@ class Format:
 
 FORMATS = {f.dtype: f for f in (Format(torch.float32), Format(torch.float64, torch.float64, 512), Format(torch.bfloat16), Format(torch.float16))}
 
+def format_of(
+    dtypes:tuple, # Of the tensors of a parameter
+) -> Format:
+    "How they are computed with: as the widest of them is"
+    return FORMATS[torch.float64 if torch.float64 in dtypes else dtypes[0]]
+
 def _named(module, dtype): return getattr(module, str(dtype).replace('torch.', ''))
 
 def _bits(flags): return sum(1 << i for i,f in enumerate(flags) if f)
@@ -297,13 +303,15 @@ def _bits(flags): return sum(1 << i for i,f in enumerate(flags) if f)
 def constants(
     composition:Composition, # Of the step
     at:int, # Position of a stage
-    dtype:torch.dtype, # Of all tensors
+    dtypes:torch.dtype|tuple, # Of all tensors, or of each
 ) -> dict:
     "Constants of `step_kernel`, or of `sums_kernel` if the stage adds up"
-    fmt, stage, before = FORMATS[dtype], composition.stages[at], sums_before(composition, at)
+    stage, before, n_tensors = composition.stages[at], sums_before(composition, at), 2 + len(composition.slots)
+    if isinstance(dtypes, torch.dtype): dtypes = (dtypes,)*n_tensors
+    fmt = format_of(dtypes)
     f, n_read = triton_stage(composition, at)
-    common = dict(stage=f, late=triton_late(composition, at), n_tensors=2 + len(composition.slots), n_row=len(composition.row), n_sums=len(before),
-                  models=_bits(composition.sums[n].over == 'model' for n in (*before, *stage.sums)), dtype=_named(tl, dtype), compute=_named(tl, fmt.compute),
+    common = dict(stage=f, late=triton_late(composition, at), n_tensors=n_tensors, n_row=len(composition.row), n_sums=len(before),
+                  models=_bits(composition.sums[n].over == 'model' for n in (*before, *stage.sums)), dtypes=tuple(_named(tl, d) for d in dtypes), compute=_named(tl, fmt.compute),
                   BLOCK=fmt.block, MOST=MOST)
     return {**common, **(dict(n_read=n_read, n_own=len(stage.gives)) if stage.sums else dict(keep=_bits(f.keep for f in stage.late), clear=stage.clears))}
 
@@ -376,7 +384,8 @@ class Tables:
         else: self.host[start:] = data
 
     def cut(self,
-        fmt:Format, # Number format of the parameters
+        fmt:Format, # How they are computed with
+        dtype:torch.dtype, # Of the parameters
         composition:Composition, # Of the step
     ):
         "Cut the parameters into chunks, the first time"
@@ -386,7 +395,7 @@ class Tables:
         self.owners = torch.empty(len(owners), dtype=torch.int32, device=self.device)
         self.partials = torch.empty((n, len(owners)), dtype=fmt.compute, device=self.device) if n else None
         self.totals = torch.zeros((n, MOST), dtype=fmt.compute, device=self.device) if any(s.over == 'model' for s in composition.sums.values()) else None
-        self.kept = torch.empty((self.n_all, len(composition.step.late)), dtype=fmt.dtype, device=self.device) if composition.kept else None
+        self.kept = torch.empty((self.n_all, len(composition.step.late)), dtype=dtype, device=self.device) if composition.kept else None
         upload(owners, self.owners)
 
     def views(self,
@@ -416,16 +425,16 @@ def engine() -> TritonEngine|None: # `None` if Triton cannot launch anything her
     return TritonEngine()
 
 class TritonWork(Work):
-    "Parameters of one dtype and device, in one step, on the current stream of the device"
+    "Parameters of one combination of dtypes and one device, in one step, on the current stream of the device"
     def __init__(self, part, batch, seen):
         self.tables, self.idxs, self.batch, self.n_done = part.prepared, part.idxs, batch, 0
-        composition, tables, dtype = batch.composition, part.prepared, DTYPES[seen.dtypes[part.idxs[0], 0]]
-        fmt = FORMATS[dtype]
+        composition, tables, dtypes = batch.composition, part.prepared, tuple(DTYPES[d] for d in seen.dtypes[part.idxs[0]].tolist())
+        fmt = format_of(dtypes)
         new = tables.owners is None
         if new and tables.capturing: raise RuntimeError("A step can be captured in a CUDA graph only after at least one step that was not captured")
-        self.constants = {s: constants(composition, at, dtype) for at,s in enumerate(composition.stages)}
+        self.constants = {s: constants(composition, at, dtypes) for at,s in enumerate(composition.stages)}
         with self.on_device():
-            tables.cut(fmt, composition)
+            tables.cut(fmt, dtypes[0], composition)
             self.entries, self.rows = tables.put(seen, batch.row_ids, np.array([[row[n] for n in composition.row] for row in batch.rows], _named(np, fmt.compute)))
         if new: self.compile()
 
@@ -485,7 +494,7 @@ def compile_ahead(
     if not constants['models']: constants = dict(constants, totals=None)
     if not constants.get('keep'): constants = dict(constants, kept=None)
     compute = constants['compute']
-    types = dict(entries='*i64', owners='*i32', n_chunks='i32', rows=f'*{compute}', partials=f'*{compute}', totals=f'*{compute}', kept=f"*{constants['dtype']}")
+    types = dict(entries='*i64', owners='*i32', n_chunks='i32', rows=f'*{compute}', partials=f'*{compute}', totals=f'*{compute}', kept=f"*{constants['dtypes'][0]}")
     constants = {n: v for n,v in constants.items() if n in kernel.arg_names}
     source = ASTSource(kernel, {n: 'constexpr' if n in constants else types[n] for n in kernel.arg_names}, constants)
     log = io.StringIO()

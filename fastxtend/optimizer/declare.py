@@ -21,7 +21,8 @@ from .table import OPTIMIZERS, OptimizerSpec
 from .torchscript import JitLookahead, JitOptimizer
 
 # %% auto #0
-__all__ = ['BACKENDS', 'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead', 'backend_of', 'build', 'optimizer', 'helper']
+__all__ = ['FLAGS', 'BACKENDS', 'STATES', 'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead', 'backend_of', 'build',
+           'optimizer', 'helper']
 
 # %% ../../nbs/optimizer.declare.ipynb #60457e48
 class StepperOptimizer(FastOptimizer):
@@ -39,22 +40,29 @@ def _flags(
     foreach:bool=False, # Step all parameters together, with `torch._foreach_*`
     jit:bool=False, # Step with a TorchScript function
     fused:bool=False, # Step in one kernel, compiled for the CPU (Numba) or a GPU (Triton)
+    state:str=None, # With `fused`: keep state tensors in 'bfloat16', which is half of float32
 ): "The arguments that every constructor has"
 
-BACKENDS = tuple(inspect.signature(_flags).parameters)
+FLAGS = tuple(inspect.signature(_flags).parameters)
+BACKENDS = tuple(n for n in FLAGS if n != 'state')
+STATES = dict(bfloat16=torch.bfloat16) # What state can be kept in, if not in the dtype of its parameters
 
 def backend_of(
     flags:dict, # Arguments of a constructor
 ) -> str|None: # `None` is fastai's own, or the steppers one by one
-    "The backend that is asked for. `ValueError` if there are two"
+    "The backend that is asked for. `ValueError` if there are two, or if it cannot keep state as it is asked to"
     asked = [b for b in BACKENDS if flags.get(b)]
     if len(asked) > 1: raise ValueError(f"Use one of {' and '.join(f'`{b}=True`' for b in asked)}, not both: each is a backend of its own")
+    state = flags.get('state')
+    if state is not None and not (isinstance(state, str) and state in STATES): raise ValueError(f"`state` is {' or '.join(map(repr, STATES))}, or `None` for the dtype of the parameters, and not {state!r}")
+    if state is not None and asked != ['fused']: raise ValueError(f"Only kernels keep state in another dtype: use `fused=True` with `state={state!r}`")
     return only(asked) if asked else None
 
 def build(
     spec:OptimizerSpec, # Entry of the optimizer
     params, lr, decouple_wd, # As of its constructor
     backend:str|None=None, # One of `BACKENDS`, or `None`
+    state:str|None=None, # One of `STATES`, or `None`
     **arguments, # The other arguments of its constructor
 ) -> Optimizer:
     "The optimizer on a backend. `NotImplementedError` if `jit` is asked for and there is no script"
@@ -64,7 +72,7 @@ def build(
     lookahead = {n: options.pop(n) for n in LOOKAHEAD if spec.has_lookahead and n in options}
     kwargs = dict(lr=lr, decouple_wd=decouple_wd, options=options, **lookahead, **hypers)
     if backend is None: return (StepperLookahead if spec.has_lookahead else StepperOptimizer)(params, spec, **kwargs)
-    if backend == 'fused': return (FusedLookahead if spec.has_lookahead else FusedOptimizer)(params, spec, **kwargs)
+    if backend == 'fused': return (FusedLookahead if spec.has_lookahead else FusedOptimizer)(params, spec, slot_dtype=STATES.get(state), **kwargs)
     if backend == 'jit':
         if spec.jit is None: raise NotImplementedError(f"{spec.name} has no TorchScript step, for TorchScript is deprecated and fuses little. Use `fused=True` or `foreach=True`")
         return (JitLookahead if spec.has_lookahead else JitOptimizer)(params, opt_step=unwrapped(spec.jit), **kwargs)

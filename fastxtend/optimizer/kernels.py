@@ -40,9 +40,11 @@ class FusedOptimizer(FastOptimizer):
         params:Tensor|Iterable, # Model parameters or parameter groups
         spec:OptimizerSpec, # Entry of the optimizer in `OPTIMIZERS`
         decouple_wd:bool=False, # Use decoupled weight decay or L2 regularization
+        slot_dtype:torch.dtype=None, # Of state tensors, if it is not that of their parameters
         **defaults, # Hyperparameters
     ):
         super().__init__(params, spec, decouple_wd, **defaults)
+        self.slot_dtype = slot_dtype
         check_numba(concat(*self.param_lists))
 
     takes_attachments = True

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .plan import Engine, Work
-from .probe import is_dense, is_sharded
+from .probe import OK, is_dense, is_sharded
 from .steppers import MATH, Composition, Stage, compile_function, compile_stage, unwrapped
 from .table import step_args
 
@@ -229,9 +229,11 @@ class ListEngine(Engine):
         lists:bool=True, # Does `step` take one number for all parameters, or always a list?
     ): self.step, self.name, self.block, self.widen, self.lists = step, name, block, widen, lists
 
+    def prepare(self, batch, seen, idxs): return bool(((seen.reasons != OK) | seen.mixed())[idxs].any()) # can tensors be odd?
+
     def begin(self, part, batch, seen):
         batch, written = batch.take(part.idxs), knows(self.step, batch.composition)
-        odd = seen.reasons[part.idxs].any() and _is_odd(batch)
+        odd = part.prepared and _is_odd(batch)
         narrow = batch.params[0].dtype.itemsize < 4 and (self.widen or not written or bool(batch.composition.sums))
         stepped = _plainly(batch) if odd or narrow else batch
         return (WrittenWork if written else ListWork)(self, stepped, batch)

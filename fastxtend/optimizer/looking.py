@@ -27,13 +27,12 @@ _call_clear = c_function(types.void, 0)     # PyErr_Clear
 def _fill(functions, plain, impl, lists, table):
     first, other, n = np.empty(6, np.int64), np.empty(6, np.int64), len(lists)
     for t in range(len(table)):
-        table[t, 0] = _look_at(functions, plain, impl, lists, t, table[t, 3+n:], first, other)
+        table[t, 0] = _look_at(functions, plain, impl, lists, t, table[t, 3:3+n], table[t, 3+n:], first, other)
         if table[t, 0] == OK:
             size = 1
             for s in carray(i64_ptr(first[3]), first[2] & 0xffffffff): size *= s
-            code, bits = (first[2] >> 32) & 255, (first[2] >> 40) & 255
             table[t, 1], table[t, 2] = size, first[1]
-            table[t, 3:3+n] = 3 if bits == 16 and code == 2 else 2 if bits == 16 else 1 if bits == 64 else 0
+        else: table[t, 3:3+n] = 0
 
 @njit(error_model='numpy')
 def _is_dense(shape, strides):
@@ -52,7 +51,7 @@ def _is_dense(shape, strides):
     return True
 
 @njit(error_model='numpy')
-def _look_at(functions, plain, impl, lists, t, addresses, first, other):
+def _look_at(functions, plain, impl, lists, t, dtypes, addresses, first, other):
     "Describe the tensors at position `t` of all `lists`; the reason why a kernel cannot take them, if there is one"
     describe, item, type_of, forget, clear = functions
     for k in range(len(lists)):
@@ -67,11 +66,11 @@ def _look_at(functions, plain, impl, lists, t, addresses, first, other):
         code, bits, lanes = (info[2] >> 32) & 255, (info[2] >> 40) & 255, (info[2] >> 48) & 0xffff
         shape, strides = carray(i64_ptr(info[3]), ndim), carray(i64_ptr(info[4]), ndim)
         if info[1] != first[1]: return DEVICE
+        if lanes != 1 or not ((code == 2 and (bits == 16 or bits == 32 or bits == 64)) or (code == 4 and bits == 16)): return DTYPE
+        dtypes[k] = 2 if code == 4 else 3 if bits == 16 else 1 if bits == 64 else 0
         if k == 0:
-            if lanes != 1 or not ((code == 2 and (bits == 16 or bits == 32 or bits == 64)) or (code == 4 and bits == 16)): return DTYPE
             if not _is_dense(shape, strides): return STRIDES
         else:
-            if info[2] >> 32 != first[2] >> 32: return DTYPE
             if ndim != first[2] & 0xffffffff: return SHAPE
             shape_0, strides_0 = carray(i64_ptr(first[3]), ndim), carray(i64_ptr(first[4]), ndim)
             for d in range(ndim):

@@ -18,7 +18,7 @@ __all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS',
 
 # %% ../../nbs/optimizer.probe.ipynb #dab6e356
 OK, UNREADABLE, DEVICE, DTYPE, SHAPE, STRIDES = range(6)
-REASONS = ['', 'not a plain tensor in memory', 'on different devices', 'no kernel for this dtype, or dtypes differ', 'shapes differ',
+REASONS = ['', 'not a plain tensor in memory', 'on different devices', 'no kernel for this dtype', 'shapes differ',
            'memory layout is not dense, or differs between parameter, gradient and state']
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -46,6 +46,8 @@ class Probe:
     def addresses(self): "Where each tensor begins: (parameters, tensors)"; return self.table[:, 3+self.n_tensors:]
     @property
     def kinds(self): "All but the addresses"; return self.table[:, :3+self.n_tensors]
+
+    def mixed(self) -> np.ndarray: "Which parameters have tensors of another dtype than their own?"; return (self.dtypes != self.dtypes[:, :1]).any(1)
 
     def __eq__(self, other): return self.n_tensors == other.n_tensors and self.table.tobytes() == other.table.tobytes()
 
@@ -78,7 +80,7 @@ def _reason(ts):
     for t in ts:
         if not is_plain(t): return UNREADABLE
         if t.device != p.device: return DEVICE
-        if t.dtype != p.dtype or t.dtype not in DTYPES: return DTYPE
+        if t.dtype not in DTYPES: return DTYPE
         if t.shape != p.shape: return SHAPE
         if not is_dense(t) or any(a != b for a,b,n in zip(t.stride(), p.stride(), p.shape) if n > 1): return STRIDES
     return OK
@@ -161,7 +163,6 @@ class Extents:
         "Does a piece of memory overlap with what is written?"
         last = np.searchsorted(self.starts, end) - 1
         return bool(last >= 0 and self.ends[last] > start)
-
 
 # %% ../../nbs/optimizer.probe.ipynb #f633e274
 def is_sharded(

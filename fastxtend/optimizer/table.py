@@ -15,7 +15,7 @@ from torch import Tensor
 from .steppers import Composition, args_of, average_grad, average_sqr_grad, compose, decay, picked, slot, stepper, switches, unwrapped
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'FACTS', 'OptimizerSpec', 'slots_of', 'known_slots', 'spec_slots', 'step_args', 'spec_of']
+__all__ = ['OPTIMIZERS', 'FACTS', 'OptimizerSpec', 'own_slots', 'slots_of', 'known_slots', 'spec_slots', 'step_args', 'spec_of']
 
 # %% ../../nbs/optimizer.table.ipynb #5e5bd1d3
 OPTIMIZERS = {} # Name to `OptimizerSpec`
@@ -92,11 +92,17 @@ def _all_slots(steppers):
     "The slots of a list of steppers by name, whatever is switched on"
     return {n: s for on in ((), switches(steppers)) for n,s in compose(picked(steppers, frozenset(on))).slots.items()}
 
+def own_slots(
+    steppers, # A list of steppers
+) -> dict: # Name to `Slot`
+    "The state tensors of a list of steppers, whatever is switched on"
+    return {n: s for n,s in _all_slots(steppers).items() if not s.lent}
+
 def slots_of(
     steppers, # A list of steppers
 ) -> tuple[str, ...]:
     "Names of the state tensors of a list of steppers, whatever is switched on"
-    return tuple(n for n,s in _all_slots(steppers).items() if not s.lent)
+    return tuple(own_slots(steppers))
 
 def known_slots() -> set[str]:
     "Names of the state tensors of all optimizers"
