@@ -214,9 +214,9 @@ class TorchStyle(torch.optim.Optimizer):
         if group['params']: check_params([group['params']])
         if group.get('fused'): check_numba(group['params'])
 
-# %% ../nbs/optim.ipynb #641953db
+# %% ../nbs/optim.ipynb #790f94ae
 @patch
-def kind(self:TorchStyle, group): return tuple(bool(v) for n,v in group.items() if isinstance(v, bool) or n in STRUCTURE), group.get('foreach'), group.get('fused')
+def kind(self:TorchStyle, group): return tuple(bool(group[n]) for n,v in self.defaults.items() if isinstance(v, bool) or n in STRUCTURE), group.get('foreach'), group.get('fused')
 
 @patch
 def make_engine(self:TorchStyle,
