@@ -1,0 +1,236 @@
+"`fastxtend.optim` against `torch.optim`: numbers, checkpoints, and what training loops do to an optimizer"
+import copy, io, pickle, subprocess, sys
+from itertools import product
+
+import pytest, torch
+from fastxtend import optim as ours
+from fastxtend.optim import COLUMNS
+from torch.optim import lr_scheduler as sched
+
+SHAPES = (4, 3), (5,), (1,), (2, 3, 2)
+LISTED = [n for n in ours.__all__ if n not in COLUMNS]
+FLAGS = dict(fused=True), dict(foreach=True), dict(foreach=False)
+
+def parameters(seed=0, dtype=torch.float64):
+    gen = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=gen, dtype=torch.float64).to(dtype).requires_grad_() for s in SHAPES]
+
+def set_grads(ps, step):
+    gen = torch.Generator().manual_seed(1000 + step)
+    for p in ps: p.grad = (p.detach()*.3).add_(torch.randn(p.shape, generator=gen, dtype=torch.float64).to(p.dtype))
+
+def run(opt, ps, steps=20, start=0):
+    for i in range(start, start + steps):
+        set_grads(ps, i)
+        opt.step()
+
+def assert_close(a, b, tol=1e-10):
+    for x,y in zip(a, b, strict=True): torch.testing.assert_close(x.detach(), y.detach(), rtol=tol, atol=tol)
+
+def torch_opt(name, ps, **kwargs): return getattr(torch.optim, name)(ps, foreach=False, **kwargs)
+
+OPTIONS = dict(
+    SGD=[dict(momentum=m, dampening=d, nesterov=n) for m,d,n in product((0, .9), (0, .5), (False, True)) if not n or (m and not d)],
+    RMSprop=[dict(momentum=m, centered=c, alpha=.9) for m,c in product((0, .9), (False, True))],
+    Adam=[dict(amsgrad=a, decoupled_weight_decay=d, eps=1e-3) for a,d in product((False, True), repeat=2)],
+    AdamW=[dict(amsgrad=a, betas=(.8, .95)) for a in (False, True)],
+    NAdam=[dict(decoupled_weight_decay=d, momentum_decay=.01) for d in (False, True)],
+    RAdam=[dict(decoupled_weight_decay=d, eps=1e-4) for d in (False, True)])
+
+@pytest.mark.parametrize('name', COLUMNS)
+def test_numbers(name):
+    "100 steps in float64, for all options and ways to step"
+    for options,wd,maximize in product(OPTIONS[name], (0, .1), (False, True)):
+        kwargs = dict(lr=1e-2, weight_decay=wd, maximize=maximize, **options)
+        expected = parameters()
+        run(torch_opt(name, expected, **kwargs), expected, 100)
+        for flags in FLAGS:
+            ps = parameters()
+            run(getattr(ours, name)(ps, **kwargs, **flags), ps, 100)
+            assert_close(ps, expected)
+
+@pytest.mark.parametrize('name', COLUMNS)
+def test_defaults(name):
+    "Arguments, defaults and keys of groups are PyTorch's"
+    opt, other = getattr(ours, name)(parameters()), getattr(torch.optim, name)(parameters())
+    assert {k: v for k,v in opt.defaults.items() if k != 'fused'} == {k: v for k,v in other.defaults.items() if k != 'fused'}
+    with pytest.raises(ValueError): getattr(ours, name)(parameters(), lr=-1)
+    with pytest.raises(TypeError): getattr(ours, name)(parameters(), nothing=1)
+
+@pytest.mark.parametrize('name', ours.__all__)
+def test_ways_agree(name):
+    "Every optimizer: one kernel, lists, and one parameter after the other; maximising is minimising what is negated"
+    cls = getattr(ours, name)
+    finals = []
+    for flags in (*FLAGS, dict(fused=True, maximize=True)):
+        ps = parameters()
+        opt = cls(ps, lr=1e-2, weight_decay=.01, **flags)
+        for i in range(13):
+            set_grads(ps, i)
+            if 'maximize' in flags: [p.grad.neg_() for p in ps]
+            opt.step()
+        finals.append(ps)
+    assert all(not torch.equal(p, q) for p,q in zip(parameters(), finals[0]))
+    for o in finals[1:]: assert_close(o, finals[0])
+
+@pytest.mark.parametrize('name', COLUMNS)
+def test_checkpoints_of_torch(name):
+    "What PyTorch saved goes on here, and the other way round"
+    for options in OPTIONS[name]:
+        kwargs = dict(lr=1e-2, weight_decay=.1, **options)
+        expected = parameters()
+        run(torch_opt(name, expected, **kwargs), expected, 20)
+        for first,second in ((torch_opt, lambda n, ps, **k: getattr(ours, n)(ps, **k)), (lambda n, ps, **k: getattr(ours, n)(ps, **k), torch_opt)):
+            ps = parameters()
+            opt = first(name, ps, **kwargs)
+            run(opt, ps, 10)
+            file = io.BytesIO()
+            torch.save(opt.state_dict(), file)
+            file.seek(0)
+            opt2 = second(name, ps, lr=1.)
+            opt2.load_state_dict(torch.load(file, weights_only=True))
+            run(opt2, ps, 10, 10)
+            assert_close(ps, expected)
+        a, b = parameters(), parameters()
+        opt, other = getattr(ours, name)(a, **kwargs), torch_opt(name, b, **kwargs)
+        run(opt, a, 1), run(other, b, 1)
+        assert [set(s) for s in opt.state_dict()['state'].values()] == [{k for k,v in s.items() if v is not None} for s in other.state_dict()['state'].values()]
+
+@pytest.mark.parametrize('name', ours.__all__)
+def test_copies(name):
+    "A copy, a pickle and a state dict go on like the original"
+    ps = parameters()
+    opt = getattr(ours, name)(ps, lr=1e-2)
+    run(opt, ps, 5)
+    qs, copied = copy.deepcopy((ps, opt))
+    rs, pickled = pickle.loads(pickle.dumps((ps, opt)))
+    ts = [p.detach().clone().requires_grad_() for p in ps]
+    loaded = getattr(ours, name)(ts, lr=1.)
+    loaded.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for o,xs in ((opt, ps), (copied, qs), (pickled, rs), (loaded, ts)): run(o, xs, 5, 5)
+    for xs in (qs, rs, ts): assert_close(xs, ps, 0)
+
+@pytest.mark.parametrize('name', COLUMNS)
+def test_groups(name):
+    "Groups with options of their own, some of which take other steppers; a group that comes later; options that change"
+    first = {'SGD': dict(momentum=.9), 'RMSprop': dict(momentum=.9), 'Adam': dict(amsgrad=True), 'AdamW': dict(amsgrad=True)}.get(name, dict(decoupled_weight_decay=True))
+    finals = []
+    for make in (lambda *a, **k: torch_opt(name, *a, **k), getattr(ours, name)):
+        ps = parameters()
+        opt = make([dict(params=ps[:1], lr=.02, **first), dict(params=ps[1:2], weight_decay=.2)], lr=.01)
+        run(opt, ps, 10)
+        opt.add_param_group(dict(params=ps[2:], lr=.005))
+        run(opt, ps, 10)
+        opt.param_groups[0]['lr'], opt.param_groups[1]['maximize'] = .1, True
+        run(opt, ps, 10)
+        finals.append(ps)
+    assert_close(*finals, 1e-8 if name == 'NAdam' else 1e-10) # PyTorch keeps the product of NAdam's momenta in float32
+
+SCHEDULERS = dict(
+    step=lambda o: sched.StepLR(o, 3), multi=lambda o: sched.MultiStepLR(o, [2, 5]), exp=lambda o: sched.ExponentialLR(o, .9), lam=lambda o: sched.LambdaLR(o, lambda e: .9**e),
+    mul=lambda o: sched.MultiplicativeLR(o, lambda e: .9), const=lambda o: sched.ConstantLR(o), linear=lambda o: sched.LinearLR(o), poly=lambda o: sched.PolynomialLR(o, 20),
+    cosine=lambda o: sched.CosineAnnealingLR(o, 10), warm=lambda o: sched.CosineAnnealingWarmRestarts(o, 5), cyclic=lambda o: sched.CyclicLR(o, 1e-3, 1e-2, 4),
+    one=lambda o: sched.OneCycleLR(o, 1e-2, 20), seq=lambda o: sched.SequentialLR(o, [sched.ConstantLR(o), sched.ExponentialLR(o, .9)], [5]),
+    chained=lambda o: sched.ChainedScheduler([sched.ConstantLR(o), sched.ExponentialLR(o, .9)]), swa=lambda o: torch.optim.swa_utils.SWALR(o, 1e-3))
+
+@pytest.mark.parametrize('name', ['SGD', 'AdamW'])
+@pytest.mark.parametrize('tensor_lr', [False, True])
+def test_schedulers(name, tensor_lr):
+    "Learning rates and momentum that schedulers write, and a learning rate that is a tensor"
+    kwargs = dict(momentum=.9) if name == 'SGD' else {}
+    for make in [*SCHEDULERS.values(), lambda o: sched.ReduceLROnPlateau(o, patience=2)]:
+        finals = []
+        for cls in (lambda *a, **k: torch_opt(name, *a, **k), getattr(ours, name)):
+            ps = parameters()
+            opt = cls(ps, lr=torch.tensor(.01, dtype=torch.float64) if tensor_lr else .01, **kwargs)
+            s = make(opt)
+            for i in range(15):
+                run(opt, ps, 1, i)
+                s.step(*([1.] if isinstance(s, sched.ReduceLROnPlateau) else []))
+            finals.append(ps)
+        assert_close(*finals)
+
+def test_closure_and_hooks():
+    "The loss of a closure comes back, and hooks are called around the step"
+    ps, calls = parameters(), []
+    opt = ours.SGD(ps, lr=.1)
+    opt.register_step_pre_hook(lambda *a: calls.append('before'))
+    opt.register_step_post_hook(lambda *a: calls.append('after'))
+    opt.register_state_dict_post_hook(lambda o, sd: calls.append('saved'))
+    opt.register_load_state_dict_pre_hook(lambda o, sd: calls.append('loading'))
+    def closure():
+        opt.zero_grad()
+        loss = sum((p**2).sum() for p in ps)
+        loss.backward()
+        return loss
+    assert opt.step(closure) > opt.step(closure) > 0
+    opt.load_state_dict(opt.state_dict())
+    assert calls == ['before', 'after']*2 + ['saved', 'loading']
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: opt.step()
+    assert any('Optimizer.step#SGD.step' in e.key for e in prof.key_averages())
+
+def test_some_gradients():
+    "Parameters without gradients are left alone, and counted on their own"
+    finals = []
+    for cls in (lambda ps: torch_opt('AdamW', ps), ours.AdamW):
+        ps = parameters()
+        opt = cls(ps)
+        for i in range(12):
+            set_grads(ps, i)
+            if i % 3: ps[1].grad = None
+            opt.step()
+        finals.append(ps)
+    assert_close(*finals)
+
+def test_scaler():
+    "Steps whose gradients overflow are left out"
+    ps = parameters(dtype=torch.float32)
+    opt, scaler = ours.AdamW(ps), torch.amp.GradScaler('cpu', init_scale=4.)
+    before = [p.detach().clone() for p in ps]
+    scaler.scale(sum((p**2).sum() for p in ps)*float('inf')).backward()
+    scaler.step(opt), scaler.update()
+    assert_close(ps, before, 0)
+    qs = [p.clone() for p in before]
+    opt.zero_grad()
+    scaler.scale(sum((p**2).sum() for p in ps)).backward()
+    scaler.step(opt), scaler.update()
+    for q,p in zip(qs, before): q.requires_grad_().grad = 2*p
+    torch_opt('AdamW', qs).step()
+    assert_close(ps, qs, 1e-6)
+
+def test_refused():
+    "What cannot be stepped is refused when it is said"
+    for cls in (ours.Adam, ours.Lion):
+        with pytest.raises(TypeError): cls([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
+        with pytest.raises(ValueError): cls([])
+        with pytest.raises(RuntimeError): cls(parameters(), foreach=True, fused=True)
+    for flag in ('differentiable', 'capturable'):
+        with pytest.raises(NotImplementedError, match=flag): ours.Adam(parameters(), **{flag: True})
+        opt = ours.Adam(parameters())
+        opt.param_groups[0][flag] = True
+        with pytest.raises(NotImplementedError, match=flag): run(opt, opt.param_groups[0]['params'], 1)
+    opt = ours.AdamW(parameters())
+    with pytest.raises(TypeError): opt.add_param_group(dict(params=[torch.zeros(2, dtype=torch.complex64, requires_grad=True)]))
+    assert len(opt.param_groups) == 1
+    p = torch.zeros(3, 2, requires_grad=True)
+    p.grad = torch.eye(3, 2).to_sparse()
+    with pytest.raises(RuntimeError, match='layout'): ours.SGD([p]).step()
+    for name in LISTED:
+        with pytest.raises(ValueError): getattr(ours, name)(parameters(), lr=-1.)
+        with pytest.raises(ValueError): getattr(ours, name)(parameters(), weight_decay=-1.)
+
+def test_schedule_free():
+    "`eval` and `train` take weights to their average and back"
+    ps = parameters()
+    opt = ours.ScheduleFreeAdam(ps, lr=.1)
+    run(opt, ps, 5)
+    before = [p.detach().clone() for p in ps]
+    opt.eval()
+    assert not torch.equal(ps[0], before[0])
+    opt.train()
+    assert_close(ps, before, 1e-12)
+
+def test_import():
+    "It needs nothing of fastai.vision and compiles nothing"
+    code = "import sys, fastxtend.optim; print([m for m in sys.modules if m.startswith(('fastai.vision', 'fastai.text', 'timm', 'numba.core', 'triton.runtime'))])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
