@@ -17,7 +17,7 @@ from operator import is_
 from torch import Tensor
 
 from .attach import same_objects, sums_only
-from .batch import Batch, as_number, check_batch, check_params, check_tensors, copy_like, describe, fields_of, lay_out, shards
+from .batch import RANGES, Batch, as_number, check_batch, check_hyper, check_params, check_tensors, copy_like, describe, fields_of, lay_out, no_such, shards
 from .plan import Engine, Plan, Ran, look, make_plan, run
 from .probe import STRIDES, Probe, sharing_memory
 from .steppers import Composition, compose, picked, switches
@@ -127,6 +127,13 @@ class FastOptimizer(Optimizer):
         if k not in getattr(getattr(self, 'spec', None), 'fixed', ()): return super().set_hyper(k, v)
         n = len(v) if is_listy(v) or getattr(v, 'ndim', 0) else 1
         assert n in (1, len(self.hypers)), f"Trying to set {n} values for {k} in the optimizer but there are {len(self.hypers)} parameter groups."
+
+    def _set_hyper(self, k, v):
+        "`ValueError` if there is no such hyperparameter, or if `v` is no value of one. (Schedules set `mom` of every optimizer)"
+        spec, known = getattr(self, 'spec', None), self.hypers[0]
+        if spec and spec.hypers is not None and k not in known and k not in (*spec.hypers, 'lr', *RANGES): raise ValueError(no_such(spec.name, k, known))
+        for x in v: check_hyper(k, x)
+        super()._set_hyper(k, v)
 
     def forget(self):
         "What can be found again: compositions, layout and plans; and what belongs to one step: attachments, and sums over the model"
