@@ -539,6 +539,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fastxtend/optimizer/core.py'),
                                           'fastxtend.optimizer.core.FastOptimizer.__init__': ( 'optimizer.core.html#fastoptimizer.__init__',
                                                                                                'fastxtend/optimizer/core.py'),
+                                          'fastxtend.optimizer.core.FastOptimizer.__repr__': ( 'optimizer.core.html#fastoptimizer.__repr__',
+                                                                                               'fastxtend/optimizer/core.py'),
                                           'fastxtend.optimizer.core.FastOptimizer.__setstate__': ( 'optimizer.core.html#fastoptimizer.__setstate__',
                                                                                                    'fastxtend/optimizer/core.py'),
                                           'fastxtend.optimizer.core.FastOptimizer._loaded_item': ( 'optimizer.core.html#fastoptimizer._loaded_item',

@@ -57,3 +57,12 @@ def test_torch_optimizers_train(opt_func):
     learn.logger = noop
     with pytest.warns(UserWarning, match='torch_opt|TorchOptimizer'): learn.fit(1, 1e-2)
     assert type(learn.opt) is TorchOptimizer and not torch.equal(before, model.weight)
+
+@pytest.mark.parametrize('way', BACKENDS)
+def test_an_optimizer_prints_what_it_is(way):
+    params = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+    opt = build('Adam', [params[:1], params[1:]], way, lr=[.1, .2])
+    assert 'not stepped yet' in repr(opt) and '0 bytes of state' in repr(opt) and not opt.state
+    for p in params: p.grad = torch.ones_like(p)
+    opt.step()
+    assert '2 tensors of 5 elements, 40 bytes of state' in repr(opt) and 'group 1: 1 tensors, lr=0.2' in repr(opt) and 'last step: 2 in ' in repr(opt)

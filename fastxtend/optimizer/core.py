@@ -342,6 +342,18 @@ def backend_report(self:FastOptimizer) -> L: # `Ran` of each parameter
     place = {id(p): (i,j) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)}
     return L(Ran(*place[id(p)], describe(p), *plan.ran(i)) for i,p in enumerate(plan.params))
 
+@patch
+def __repr__(self:FastOptimizer):
+    "What it is, its size and that of its state, the hyperparameters of each group, and where its parameters were stepped"
+    params = [p for pg in self.param_lists for p in pg]
+    state = [t for p in params for t in self.state.get(p, {}).values() if isinstance(t, Tensor)]
+    ran = [r.backend for r in self.backend_report()]
+    lines = [f"{self.spec.name} ({type(self).__name__}): {len(params)} tensors of {sum(p.numel() for p in params):,} elements, "
+             f"{sum(t.numel()*t.element_size() for t in state):,} bytes of state",
+             *(f"group {i}: {len(pg)} tensors, {', '.join(f'{k}={v}' for k,v in h.items())}" for i,(pg,h) in enumerate(zip(self.param_lists, self.hypers))),
+             'last step: ' + ', '.join(f'{ran.count(b)} in {b}' for b in dict.fromkeys(ran)) if ran else 'not stepped yet']
+    return '\n'.join(lines)
+
 # %% ../../nbs/optimizer.core.ipynb #b6c9d58a
 @patch
 def set_apart(self:FastOptimizer,
