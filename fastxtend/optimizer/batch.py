@@ -5,7 +5,9 @@
 # %% ../../nbs/optimizer.batch.ipynb #20b0f1e0
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from operator import attrgetter
 
 import numpy as np, torch
@@ -15,8 +17,8 @@ from .probe import is_dense, is_sharded, sharing_memory
 from .steppers import Composition
 
 # %% auto #0
-__all__ = ['Batch', 'as_number', 'describe', 'check_params', 'fields_of', 'check_tensors', 'check_batch', 'shards', 'lay_out',
-           'copy_like']
+__all__ = ['RANGES', 'MEANT', 'Batch', 'as_number', 'check_hyper', 'no_such', 'describe', 'check_params', 'fields_of',
+           'check_tensors', 'check_batch', 'shards', 'lay_out', 'copy_like']
 
 # %% ../../nbs/optimizer.batch.ipynb #e4d1a7f7
 @dataclass
@@ -76,6 +78,34 @@ def as_number(
         if (x.numel() if isinstance(x, Tensor) else x.size) == 1: x = x.item()
     if isinstance(x, (float, int, bool)): return x
     raise TypeError(f"`{name}` has to be a number, and is {x!r}")
+
+RANGES = dict(lr=(0., np.inf), mom=(-1., 1.), sqr_mom=(0., 1.)) # Where an optimizer of this name means something by it
+
+def check_hyper(
+    name:str, # Of the hyperparameter
+    x, # Its value in one group
+):
+    "`TypeError` if `x` is no number, `ValueError` if it is NaN or no such hyperparameter"
+    low, high = RANGES.get(name, (-np.inf, np.inf))
+    if not low <= as_number(name, x) <= high:
+        raise ValueError(f"`{name}` has to be a number{' of at least 0' if name == 'lr' else f' from {low:g} to {high:g}' if name in RANGES else ''}, and is {x!r}")
+
+MEANT = dict(weight_decay='wd', momentum='mom', learning_rate='lr', beta1='mom', beta2='sqr_mom', alpha='sqr_mom', epsilon='eps') # Names elsewhere, and here
+
+def no_such(
+    what:str, # An optimizer, or a helper
+    name:str, # Of an argument or hyperparameter that it has not
+    known:Iterable[str], # Those that it has
+) -> str:
+    "A message with the name that was meant, as far as one can tell, or with all there are"
+    known = list(known)
+    moms = [f'`{n}`' for n in known if n.endswith('mom')]
+    near = get_close_matches(name, known, 1)
+    if name == 'betas' and moms: hint = f"they are {' and '.join(moms)} here"
+    elif MEANT.get(name) in known: hint = f"it is `{MEANT[name]}` here"
+    elif near: hint = f"did you mean `{near[0]}`?"
+    else: hint = f"there are {', '.join(f'`{n}`' for n in known)}"
+    return f"`{what}` has no `{name}`: {hint}"
 
 # %% ../../nbs/optimizer.batch.ipynb #adfd0ec4
 def describe(

@@ -15,7 +15,7 @@ from fastai.torch_basics import *
 from torch import Tensor
 
 from .attach import same_objects, sums_only
-from .batch import Batch, as_number, check_batch, check_params, check_tensors, copy_like, describe, fields_of, lay_out, shards
+from .batch import RANGES, Batch, as_number, check_batch, check_hyper, check_params, check_tensors, copy_like, describe, fields_of, lay_out, no_such, shards
 from .plan import Engine, Plan, Ran, look, make_plan, run
 from .probe import STRIDES, Probe, sharing_memory
 from .steppers import Composition, Slot, compose, picked, switches
@@ -135,6 +135,13 @@ class FastOptimizer(Optimizer):
         if k not in getattr(getattr(self, 'spec', None), 'fixed', ()): return super().set_hyper(k, v)
         n = len(v) if is_listy(v) or getattr(v, 'ndim', 0) else 1
         assert n in (1, len(self.hypers)), f"Trying to set {n} values for {k} in the optimizer but there are {len(self.hypers)} parameter groups."
+
+    def _set_hyper(self, k, v):
+        "`ValueError` if there is no such hyperparameter, or if `v` is no value of one. (Schedules set `mom` of every optimizer)"
+        spec, known = getattr(self, 'spec', None), self.hypers[0]
+        if spec and spec.hypers is not None and k not in known and k not in (*spec.hypers, 'lr', *RANGES): raise ValueError(no_such(spec.name, k, known))
+        for x in v: check_hyper(k, x)
+        super()._set_hyper(k, v)
 
     def forget(self):
         "What can be found again: compositions, layout and plans; and what belongs to one step: attachments, and sums over the model"
@@ -354,6 +361,18 @@ def backend_report(self:FastOptimizer) -> L: # `Ran` of each parameter
     if plan is None: return L()
     place = {id(p): (i,j) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)}
     return L(Ran(*place[id(p)], describe(p), *plan.ran(i)) for i,p in enumerate(plan.params))
+
+@patch
+def __repr__(self:FastOptimizer):
+    "What it is, its size and that of its state, the hyperparameters of each group, and where its parameters were stepped"
+    params = [p for pg in self.param_lists for p in pg]
+    state = [t for p in params for t in self.state.get(p, {}).values() if isinstance(t, Tensor)]
+    ran = [r.backend for r in self.backend_report()]
+    lines = [f"{self.spec.name} ({type(self).__name__}): {len(params)} tensors of {sum(p.numel() for p in params):,} elements, "
+             f"{sum(t.numel()*t.element_size() for t in state):,} bytes of state",
+             *(f"group {i}: {len(pg)} tensors, {', '.join(f'{k}={v}' for k,v in h.items())}" for i,(pg,h) in enumerate(zip(self.param_lists, self.hypers))),
+             'last step: ' + ', '.join(f'{ran.count(b)} in {b}' for b in dict.fromkeys(ran)) if ran else 'not stepped yet']
+    return '\n'.join(lines)
 
 # %% ../../nbs/optimizer.core.ipynb #b6c9d58a
 @patch

@@ -12,6 +12,7 @@ from functools import cached_property, partial, wraps
 from fastai.optimizer import Optimizer
 from fastai.torch_basics import *
 
+from .batch import check_hyper, no_such
 from .core import LOOKAHEAD, FastOptimizer, LookaheadMixin
 from .foreach import ForEachOptimizer
 from .kernels import FusedLookahead, FusedOptimizer
@@ -22,7 +23,7 @@ from .torchscript import JitLookahead, JitOptimizer
 
 # %% auto #0
 __all__ = ['FLAGS', 'BACKENDS', 'STATES', 'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead', 'backend_of', 'build',
-           'optimizer', 'helper']
+           'arguments_of', 'optimizer', 'OptFunc', 'helper']
 
 # %% ../../nbs/optimizer.declare.ipynb #60457e48
 class StepperOptimizer(FastOptimizer):
@@ -82,6 +83,36 @@ def build(
 # %% ../../nbs/optimizer.declare.ipynb #33c259d2
 def _parameters(f, leave_out=()): return [p for n,p in inspect.signature(f).parameters.items() if n not in leave_out]
 
+def _check_argument(what, name, default, x):
+    "`TypeError` or `ValueError` if `x` is no flag where `default` is one, or no number (or one for each group) where it is one"
+    if isinstance(default, bool):
+        if not (x is None or isinstance(x, (bool, np.bool_)) or isinstance(x, (int, float)) and x in (0, 1)): raise TypeError(f"`{what}`: `{name}` is True or False, and not {x!r}")
+    elif name == 'lr' or isinstance(default, (int, float)):
+        if isinstance(x, bool): raise TypeError(f"`{what}`: `{name}` has to be a number, and is {x}. A backend goes by its name, as in `fused=True`")
+        for o in [o for o in (x.start, x.stop) if o is not None] if isinstance(x, slice) else L(x, use_list=None):
+            try: check_hyper(name, o)
+            except (TypeError, ValueError) as e: raise type(e)(f"`{what}`: {e}") from None
+
+def arguments_of(
+    what:str, # A constructor or a helper
+    sig:inspect.Signature, # Its signature
+    args:tuple, # What it is called with
+    kwargs:dict, # By name
+    defaults:bool=True, # Those that are not given, too?
+) -> dict: # Name to value
+    "Arguments by name, once they are looked at: a wrong one is refused where it is given, in the words of this library"
+    for n in kwargs:
+        if n == 'lr' and n not in sig.parameters: raise TypeError(f"`{what}` has no `lr`: it goes to `Learner(lr=...)` or to `fit`")
+        if n not in sig.parameters: raise TypeError(no_such(what, n, sig.parameters))
+    try: bound = sig.bind(*args, **kwargs)
+    except TypeError as e: raise TypeError(f"`{what}`: {e}") from None
+    given = bound.arguments
+    if isinstance(given.get('params'), nn.Module):
+        raise TypeError(f"`{what}` takes parameters, and not a model ({type(given['params']).__name__}): pass `model.parameters()`")
+    for n,x in given.items(): _check_argument(what, n, sig.parameters[n].default, x)
+    if defaults: bound.apply_defaults()
+    return dict(bound.arguments)
+
 def optimizer(
     native:Callable=None, # fastai's constructor, if it has one
     foreach:Callable=None, # A step on lists of tensors, if there is one that is faster than the steppers; a `partial` translates names
@@ -99,9 +130,7 @@ def optimizer(
         defaults = {p.name: p.default for p in params if p.name not in ('params', 'lr', 'decouple_wd')}
         @wraps(body)
         def constructor(*args, **kwargs):
-            bound = constructor.__signature__.bind(*args, **kwargs)
-            bound.apply_defaults()
-            given = dict(bound.arguments)
+            given = arguments_of(name, constructor.__signature__, args, kwargs)
             backend = backend_of(given)
             return build(spec, backend=backend, **{k: v for k,v in given.items() if k not in BACKENDS})
         constructor.__signature__ = inspect.Signature(params + _parameters(_flags), return_annotation=inspect.signature(body).return_annotation)
@@ -118,18 +147,41 @@ def _body_of(body):
     def steppers(**arguments): return body(None, None, **{k: v for k,v in arguments.items() if k in names})
     return steppers
 
+class OptFunc(partial):
+    "What a helper returns: a `partial` of a constructor that prints as it was written"
+    def __call__(self, *args, **kwargs):
+        "A learning rate that is given counts, by name or by position"
+        if len(args) > 1 and 'lr' in self.keywords: return self.func(*self.args, *args, **{**{k: v for k,v in self.keywords.items() if k != 'lr'}, **kwargs})
+        return super().__call__(*args, **kwargs)
+
+    def __repr__(self):
+        name, spec = getattr(self.func, 'helper', self.func).__name__, OPTIMIZERS.get(self.func.__name__)
+        return f"{name}({', '.join(f'{k}={v!r}' for k,v in self.keywords.items() if k != 'lr' or v != getattr(spec, 'lr', None))})"
+
+def _are_params(x):
+    "Or are they values of a hyperparameter?"
+    if isinstance(x, (nn.Module, nn.Parameter)): return True
+    if isinstance(x, (str, slice, np.generic, np.ndarray, Tensor)) or not hasattr(x, '__iter__'): return False
+    return not (isinstance(x, (list, tuple, L)) and len(x) and all(isinstance(o, (int, float, np.generic)) for o in x))
+
 def helper(
     constructor:Callable, # Such as `Adam`
     name:str=None, # Such as `adam`, which is the default
 ) -> Callable: # Such as `adam`
-    "`constructor` without `params` and `lr`: a function that returns a `partial` of it"
+    "`constructor` without `params` and `lr`: a function that returns a `partial` of it, or the optimizer if it is given parameters"
     sig = inspect.signature(constructor)
     sig = sig.replace(parameters=_parameters(constructor, ('params', 'lr')), return_annotation=partial)
     lr = getattr(OPTIMIZERS.get(constructor.__name__), 'lr', None)
     def helper(*args, **kwargs):
-        kwargs = sig.bind(*args, **kwargs).arguments
+        if 'params' in kwargs or args and _are_params(args[0]):
+            if not isinstance((args or [kwargs.get('params')])[0], nn.Module) and len(args) + ('params' in kwargs) < 2 and 'lr' not in kwargs:
+                raise TypeError(f"`{helper.__name__}` builds an optimizer if it is given `params`, and needs an `lr` for it")
+            return constructor(*args, **kwargs)
+        kwargs = arguments_of(helper.__name__, sig, args, kwargs, defaults=False)
         backend_of(kwargs)
-        return partialler(constructor, **(dict(lr=lr) if lr else {}), **kwargs)
+        opt_func = OptFunc(constructor, **(dict(lr=lr) if lr else {}), **kwargs)
+        opt_func.__doc__ = constructor.__doc__
+        return opt_func
     helper.__signature__, helper.__delwrap__, helper.__module__ = sig, constructor, constructor.__module__
     helper.__name__ = helper.__qualname__ = name or constructor.__name__.lower()
     helper.__doc__ = f"`partial` of `{constructor.__name__}`: {constructor.__doc__}"

@@ -13,14 +13,14 @@ from fastai.optimizer import Optimizer
 from fastai.torch_basics import *
 
 from .core import LOOKAHEAD
-from .declare import BACKENDS, backend_of, build
+from .declare import BACKENDS, OptFunc, arguments_of, backend_of, build
 from .fused import synchronise
 from .steppers import Switch, folded, maximum, sign, stepper, summed, unwrapped, weight_decay, when, where
 from .table import OPTIMIZERS, OptimizerSpec
 
 # %% auto #0
-__all__ = ['MODIFIERS', 'agree', 'mask', 'decay_where_agreed', 'modified_spec', 'modified', 'cautious', 'cautious_decay',
-           'lookahead']
+__all__ = ['MODIFIERS', 'agree', 'mask', 'decay_where_agreed', 'modified_spec', 'modified', 'Modified', 'cautious',
+           'cautious_decay', 'lookahead']
 
 # %% ../../nbs/optimizer.modifiers.ipynb #0985836c
 def _boost(agreement_sqr, numel): return 1./maximum(agreement_sqr/maximum(numel, 1.), .001)
@@ -93,11 +93,19 @@ def modified(
 ) -> Optimizer:
     "An optimizer with modifiers"
     spec, own = modified_spec(optimizer, modifiers), {k: kwargs.pop(k) for k in LOOKAHEAD if 'lookahead' in modifiers and k in kwargs}
-    bound = inspect.signature(spec.constructor).bind(params, lr, **kwargs)
-    bound.apply_defaults()
-    given = dict(bound.arguments)
+    given = arguments_of(optimizer, inspect.signature(spec.constructor), (params, lr), kwargs)
     if 'cautious_decay' in modifiers and not given['decouple_wd']: raise ValueError("`cautious_decay` is of true weight decay: there is none with `decouple_wd=False`")
     return build(spec, backend=backend_of(given), **{k: v for k,v in given.items() if k not in BACKENDS}, **own)
+
+class Modified(OptFunc):
+    "An `OptFunc` with modifiers"
+    def __repr__(self):
+        given = dict(self.keywords)
+        optimizer, modifiers = given.pop('optimizer'), given.pop('modifiers')
+        own = ''.join(f', {k}={v!r}' for k in LOOKAHEAD if 'lookahead' in modifiers and (v := given.pop(k)) != LOOKAHEAD[k])
+        shown = repr(OptFunc(OPTIMIZERS[optimizer].constructor, **given))
+        for name in modifiers: shown = f"{name}({shown}{own if name == 'lookahead' else ''})"
+        return shown
 
 def _modify(opt_func, name, **kwargs):
     "`opt_func` with one modifier more"
@@ -112,7 +120,7 @@ def _modify(opt_func, name, **kwargs):
     if name in given['modifiers'] or name == 'lookahead' and OPTIMIZERS[given['optimizer']].has_lookahead:
         raise ValueError(f"{given['optimizer']} has `{name}` already")
     modifiers = tuple(n for n in MODIFIERS if n in (*given['modifiers'], name))
-    return partial(modified, **{**given, 'modifiers': modifiers, **kwargs})
+    return Modified(modified, **{**given, 'modifiers': modifiers, **kwargs})
 
 # %% ../../nbs/optimizer.modifiers.ipynb #2b61212a
 def cautious(

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
+from functools import partial, wraps
+from warnings import warn
 
 import numpy as np, torch
+from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper, pytorch_hp_map, set_item_pg
 from fastai.torch_basics import *
 from torch import Tensor
@@ -149,3 +151,23 @@ def torch_opt(
     if isinstance(opt, torch.optim.Optimizer) or not callable(opt):
         raise TypeError(f"`opt` is a constructor such as `torch.optim.NAdam`, not {type(opt).__name__}; use `TorchOptimizer(opt=...)` for an optimizer")
     return partial(TorchOptimizer, opt=opt, **kwargs)
+
+# %% ../../nbs/optimizer.wrapper.ipynb #5d1a0c32
+def _as_opt_func(f):
+    "What `f` is meant as, and how to write that, if it is of `torch.optim`"
+    if isinstance(f, torch.optim.Optimizer): return TorchOptimizer(opt=f), 'TorchOptimizer(opt=...)'
+    cls = f.func if isinstance(f, partial) else f
+    if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer): return f, None
+    kwargs = f.keywords if isinstance(f, partial) else {}
+    return torch_opt(cls, **kwargs), f"torch_opt({', '.join([f'torch.optim.{cls.__name__}', *(f'{k}={v!r}' for k,v in kwargs.items())])})"
+
+def _takes_torch(create_opt):
+    "`create_opt` for optimizers of `torch.optim` too"
+    @wraps(create_opt)
+    def f(self):
+        self.opt_func, better = _as_opt_func(self.opt_func)
+        if better: warn(f"An optimizer of PyTorch is no `opt_func` of fastai: it is taken for `opt_func={better}`")
+        return create_opt(self)
+    return f
+
+if not hasattr(Learner.create_opt, '__wrapped__'): Learner.create_opt = _takes_torch(Learner.create_opt)

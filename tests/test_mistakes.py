@@ -1,0 +1,68 @@
+"The mistakes that everybody makes once, with the messages that the guide promises"
+import json, math, pickle, re, warnings
+from pathlib import Path
+
+import pytest
+from common import *
+from fastai.basics import DataLoader, DataLoaders, Learner, nn
+from fastai.callback.hook import layer_info # adds `Learner.summary`
+
+from fastxtend.basics import *
+from fastxtend.basics import adam, lion
+
+GUIDE = Path(__file__).parent.parent/'nbs'/'guides.hypers.ipynb'
+
+def table():
+    "Rows of the guide: what is written, and what comes of it"
+    source = '\n'.join(''.join(c['source']) for c in json.loads(GUIDE.read_text(encoding='utf-8'))['cells'])
+    return re.findall(r'^\| `([^|]+)` \| (.+) \|$', source[source.index('| written |'):], re.M)
+
+def scope():
+    model = nn.Linear(2, 2)
+    dl = DataLoader([(torch.ones(2), torch.ones(2))]*4, bs=2)
+    return dict(globals(), model=model, opt=optimizers.Adam(model.parameters(), .1, foreach=True), dls=DataLoaders(dl, dl, device='cpu'))
+
+@pytest.mark.parametrize('written,comes', table())
+def test_mistake(written, comes):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        try: eval(written, scope())
+        except (TypeError, ValueError) as e: assert str(e) == comes
+        else: assert comes.startswith('works') or comes in [str(w.message) for w in caught]
+
+def test_there_are_ten(): assert len(table()) >= 10
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('way', WAYS)
+def test_helpers_build(name, way):
+    "A helper with parameters is its constructor, and what it returns takes a learning rate by position"
+    if way not in ways(name): return
+    def params(): return [torch.ones(3, requires_grad=True)]
+    for opt in (helper(name)(params(), .02, **flags(way)), helper(name)(params=params(), lr=.02, **flags(way)), helper(name)(**flags(way))(params(), .02)):
+        assert type(opt) is type(build(name, params(), way)) and opt.hypers[0]['lr'] == .02
+
+def test_opt_func_prints_as_written():
+    assert repr(adam(fused=True)) == 'adam(fused=True)' == repr(pickle.loads(pickle.dumps(adam(fused=True))))
+    assert repr(lion(wd=.2)) == 'lion(wd=0.2)' and lion().keywords == dict(lr=1e-4)
+    learn = Learner(scope()['dls'], nn.Linear(2, 2), nn.MSELoss(), opt_func=cautious(lion(fused=True)))
+    assert 'Optimizer used: cautious(lion(fused=True))' in str(learn.summary())
+
+@pytest.mark.parametrize('opt_func', [torch.optim.AdamW, partial(torch.optim.AdamW, weight_decay=.1), None])
+def test_torch_optimizers_train(opt_func):
+    "A class of `torch.optim`, a `partial` of it, or an optimizer: with a warning"
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    learn = Learner(scope()['dls'], model, nn.MSELoss(), opt_func=opt_func or torch.optim.AdamW(model.parameters()))
+    learn.remove_cbs([c for c in learn.cbs if type(c).__name__ == 'ProgressCallback'])
+    learn.logger = noop
+    with pytest.warns(UserWarning, match='torch_opt|TorchOptimizer'): learn.fit(1, 1e-2)
+    assert type(learn.opt) is TorchOptimizer and not torch.equal(before, model.weight)
+
+@pytest.mark.parametrize('way', BACKENDS)
+def test_an_optimizer_prints_what_it_is(way):
+    params = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+    opt = build('Adam', [params[:1], params[1:]], way, lr=[.1, .2])
+    assert 'not stepped yet' in repr(opt) and '0 bytes of state' in repr(opt) and not opt.state
+    for p in params: p.grad = torch.ones_like(p)
+    opt.step()
+    assert '2 tensors of 5 elements, 40 bytes of state' in repr(opt) and 'group 1: 1 tensors, lr=0.2' in repr(opt) and 'last step: 2 in ' in repr(opt)
