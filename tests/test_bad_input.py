@@ -57,8 +57,8 @@ BUILD = [
     Wrong('too many arguments',              lambda f: f([leaf()], *[.1]*20), TypeError, 'positional|multiple values'),
     Wrong('a second backend',                lambda f: f([leaf()], .1, **{b: True for b in BACKENDS}), ValueError, 'Use one of'),
     Wrong('k of 0',                          lambda f: f([leaf()], .1, k=0), ValueError, 'cannot be 0', LOOKAHEAD),
-    Wrong('state without kernels',           lambda f: f([leaf()], .1, state='bfloat16'), ValueError, 'use `fused=True`'),
-    Wrong('state in an unknown form',        lambda f: f([leaf()], .1, fused=True, state='float11'), ValueError, "'bfloat16'.*'float11'"),
+    Wrong('state without kernels',           lambda f: f([leaf()], .1, fused=False, state='bfloat16'), ValueError, 'use `fused=True`'),
+    Wrong('state in an unknown form',        lambda f: f([leaf()], .1, state='float11'), ValueError, "'bfloat16'.*'float11'"),
     Wrong('a negative k',                    lambda f: f([leaf()], .1, k=-6), ValueError, 'cannot be -6', LOOKAHEAD),
     Wrong('freezing the only group',         lambda f: f([leaf()], .1).freeze(), AssertionError, ''),
 ]
