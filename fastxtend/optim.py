@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 
-from .optimizer import adabelief, adan, ademamix, adopt, laprop, lion, mars, nadam, schedulefree, stableadam
+from .optimizer.all import OPTIMIZERS
 from .optimizer.batch import as_number, check_params
+from .optimizer.core import check_k
 from .optimizer.declare import StepperOptimizer
 from .optimizer.foreach import ForEachOptimizer
 from .optimizer.fused import RADAM_SCALARS, adam_step, momentum_step, sgd_step
@@ -22,7 +23,7 @@ from .optimizer.kernels import FusedOptimizer, check_numba
 from .optimizer.nadam import nadam_step
 from .optimizer.steppers import (STEP, Switch, add_momentum, apply, args_of, average_grad, average_sqr_grad, decay, folded, l2_reg, maximum,
                                           slot, sqrt, stepper, unwrapped, where)
-from .optimizer.table import OPTIMIZERS, OptimizerSpec
+from .optimizer.table import OptimizerSpec
 
 # %% auto #0
 __all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'STRUCTURE', 'add_dampened', 'look_ahead', 'ascend',
@@ -135,7 +136,7 @@ def column_of(
 ) -> Column:
     "What PyTorch would call it"
     own = dict(spec.defaults)
-    betas = [n for n in ('mom', 'avg_mom', 'diff_mom', 'sqr_mom', 'slow_mom') if n in own]
+    betas = [n for n in own if n.endswith('mom')]
     names = dict(COMMON)
     if len(betas) > 1:
         names.update({n: ('betas', i) for i,n in enumerate(betas)})
@@ -171,7 +172,7 @@ def _check(o):
         if n in o and not 0. <= o[n]: raise ValueError(f"Invalid {n}: {o[n]}")
     for b in o.get('betas', (o.get('momentum', 0.),)):
         if not 0. <= b <= 1.: raise ValueError(f"Invalid {'betas' if 'betas' in o else 'momentum'}: {b} is not between 0 and 1")
-    if o.get('k', 1) < 1: raise ValueError(f"Lookahead synchronises every `k` steps, which cannot be {o['k']}")
+    check_k(o.get('k', 1))
 
 class TorchStyle(torch.optim.Optimizer):
     "An optimizer of this library as a `torch.optim.Optimizer`"

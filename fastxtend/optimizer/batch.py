@@ -18,7 +18,7 @@ from .steppers import Composition
 
 # %% auto #0
 __all__ = ['RANGES', 'MEANT', 'Batch', 'as_number', 'check_hyper', 'no_such', 'describe', 'check_params', 'fields_of',
-           'check_tensors', 'check_batch', 'shards', 'lay_out', 'copy_like']
+           'check_tensors', 'check_batch', 'shards', 'lay_out', 'overwrite', 'copy_like']
 
 # %% ../../nbs/optimizer.batch.ipynb #e4d1a7f7
 @dataclass
@@ -58,6 +58,13 @@ class Batch:
         values = [row[name] for row in self.rows]
         if all(v == values[0] for v in values): return values[0]
         return [values[i] for i in self.row_ids.tolist()]
+
+    def table(self,
+        dtype, # NumPy's, of the numbers
+    ) -> np.ndarray: # (rows, scalars)
+        "What kernels take of the rows"
+        names = self.composition.row
+        return np.array([[row[n] for n in names] for row in self.rows], dtype).reshape(len(self.rows), len(names))
 
     def tensors(self) -> tuple:
         "Parameters, gradients and slots: the lists of tensors a step reads"
@@ -192,6 +199,13 @@ def lay_out(
     return bool(odd)
 
 # %% ../../nbs/optimizer.batch.ipynb #47e42eb1
+def overwrite(
+    t:Tensor, # Any tensor
+    x:Tensor, # Of the same shape
+) -> Tensor: # `t`
+    "Copy `x` into `t`. It is converted first: PyTorch copies between float16 and float32 without regard to lazy negation"
+    return t.copy_(x.to(t.dtype))
+
 def copy_like(
     p:Tensor, # A parameter
     name:str, # Name of the state, for the message
@@ -204,7 +218,7 @@ def copy_like(
                          "is it the state of another model?")
     value = value.detach()
     if is_sharded(p) and not is_sharded(value): value = _sharded_like(p, value)
-    return torch.zeros_like(p, dtype=dtype, requires_grad=False).copy_(value.to(dtype or p.dtype))
+    return overwrite(torch.zeros_like(p, dtype=dtype, requires_grad=False), value)
 
 def _sharded_like(p, value):
     "The whole tensor `value`, split between processes as `p` is"

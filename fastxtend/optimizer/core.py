@@ -23,7 +23,7 @@ from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
 # %% auto #0
 __all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in', 'Layout', 'FastOptimizer',
-           'zero_tensors', 'LookaheadMixin']
+           'zero_tensors', 'check_k', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -482,6 +482,12 @@ def _loaded_item(self:FastOptimizer, p, name, value):
     return value.detach().to(p.device, copy=True) if torch.is_tensor(value) else deepcopy(value)
 
 # %% ../../nbs/optimizer.core.ipynb #49be6dce
+def check_k(
+    k:int, # Steps from one synchronisation to the next
+):
+    "`ValueError` if Lookahead cannot be conducted so"
+    if k < 1: raise ValueError(f"Lookahead synchronises every `k` steps, which cannot be {k}")
+
 class LookaheadMixin:
     "The slow weights of Lookahead (Zhang et al., 2019) for a `FastOptimizer`"
     def __init__(self, *args,
@@ -491,7 +497,7 @@ class LookaheadMixin:
         **kwargs
     ):
         super().__init__(*args, options={**(options or {}), 'alpha': alpha}, **kwargs)
-        if k < 1: raise ValueError(f"Lookahead synchronises every `k` steps, which cannot be {k}")
+        check_k(k)
         self.k = k
         self._init_state()
 

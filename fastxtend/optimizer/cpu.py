@@ -279,7 +279,7 @@ class NumbaWork(HostWork):
     def __init__(self, part, batch, seen):
         self.idxs, self.prepared, self.batch, self.seen = part.idxs, part.prepared, batch, seen
         composition = batch.composition
-        self.rows = np.array([[row[n] for n in composition.row] for row in batch.rows], np.float64).reshape(len(batch.rows), len(composition.row))
+        self.rows = batch.table(np.float64)
         self.ids = slice(None) if len(self.rows) == 1 else batch.row_ids # one row suits all
         if composition.sums: self.known = needs_late(composition, lambda n: self.rows[self.ids, composition.row.index(n)])
 

@@ -435,7 +435,7 @@ class TritonWork(Work):
         self.constants = {s: constants(composition, at, dtypes) for at,s in enumerate(composition.stages)}
         with self.on_device():
             tables.cut(fmt, dtypes[0], composition)
-            self.entries, self.rows = tables.put(seen, batch.row_ids, np.array([[row[n] for n in composition.row] for row in batch.rows], _named(np, fmt.compute)))
+            self.entries, self.rows = tables.put(seen, batch.row_ids, batch.table(_named(np, fmt.compute)))
         if new: self.compile()
 
     def on_device(self): return torch.cuda.device(self.tables.device) if self.tables.device.type == 'cuda' else nullcontext()

@@ -12,7 +12,7 @@ from functools import lru_cache, partial, wraps
 import numpy as np, torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, overwrite
 from .plan import Engine, Work
 from .probe import OK, is_dense, is_sharded
 from .steppers import MATH, Composition, Stage, compile_function, compile_stage, unwrapped
@@ -272,17 +272,17 @@ class ListWork(HostWork):
             sums.append(torch.stack([torch.stack([whole(t) for t in (norms(ts.ts) if n in of else [t.sum() for t in ts.ts])]) for n,ts in zip(stage.gives, got)]))
         for n,x in zip(stage.gives, torch.cat(sums, 1).tolist()): self.known[n] = np.square(x) if n in of else np.array(x)
 
-    def renew(self): # converted first: PyTorch copies between float16 and float32 without regard to lazy negation
+    def renew(self):
         for copies,ts in zip(self.batch.tensors(), self.original.tensors()):
             for copy,t in zip(copies, ts):
-                if copy is not t: copy.copy_(t.to(copy.dtype))
+                if copy is not t: overwrite(copy, t)
 
     def write_back(self):
         if self.batch is self.original: return
         for n,ts in self.batch.named().items():
             if n == 'g': continue
             for t,new in zip(self.original.named()[n], ts):
-                if t is not new: t.copy_(new.to(t.dtype))
+                if t is not new: overwrite(t, new)
 
 class WrittenWork(ListWork):
     "A step function that does all stages at once"
@@ -343,7 +343,7 @@ class StepperWork(Work):
             new = _on_tensors(stage)(*(tensors[n].float() if tensors[n].dtype.itemsize < 4 else tensors[n] for n in stage.tensors), *(known[n] for n in stage.scalars))
             for n,x in zip(stage.gives, new):
                 if stage.sums: known[n] = float(whole(x.sum()))
-                else: tensors[n].copy_(x.to(tensors[n].dtype))
+                else: overwrite(tensors[n], x)
 
     def total(self, name): return sum(k[name] for k in self.known)
     def receive(self, name, total):

@@ -5,7 +5,6 @@
 # %% ../../nbs/optimizer.nadam.ipynb #7a14045b
 from __future__ import annotations
 
-
 from fastai.torch_basics import *
 from torch import Tensor
 
