@@ -876,6 +876,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastxtend/optimizer/declare.py'),
                                              'fastxtend.optimizer.declare.helper': ( 'optimizer.declare.html#helper',
                                                                                      'fastxtend/optimizer/declare.py'),
+                                             'fastxtend.optimizer.declare.helper_of': ( 'optimizer.declare.html#helper_of',
+                                                                                        'fastxtend/optimizer/declare.py'),
                                              'fastxtend.optimizer.declare.optimizer': ( 'optimizer.declare.html#optimizer',
                                                                                         'fastxtend/optimizer/declare.py')},
             'fastxtend.optimizer.foreach': { 'fastxtend.optimizer.foreach.AdamForEachOptimizer': ( 'optimizer.foreach.html#adamforeachoptimizer',

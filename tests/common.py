@@ -14,7 +14,7 @@ from fastcore.all import L, noop
 from torch import Tensor
 
 from fastxtend.optimizer import all as optimizers
-from fastxtend.optimizer.declare import BACKENDS, FLAGS, helper as make_helper
+from fastxtend.optimizer.declare import BACKENDS, FLAGS, helper_of
 from fastxtend.optimizer.lists import BLOCK
 from fastxtend.optimizer.table import OPTIMIZERS, known_slots
 
@@ -34,7 +34,7 @@ TOLERANCE = dict(native=0, foreach=10, jit=25, fused=40)
 
 def constructor(name): return OPTIMIZERS[name].constructor
 
-def helper(name): return getattr(constructor(name), 'helper', None) or make_helper(constructor(name))
+def helper(name): return helper_of(constructor(name))
 
 def ways(name, of=WAYS):
     "The backends that an optimizer has: `jit` needs a script"

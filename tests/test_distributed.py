@@ -5,6 +5,7 @@ from unittest.mock import patch
 import pytest
 from common import *
 
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 from fastxtend.optimizer import plan
 from fastxtend.optimizer.plan import SHARDED
 from torch import distributed as dist, nn

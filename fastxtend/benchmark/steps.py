@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .models import NotInstalled, UnknownName, look_up, model_name, model_shapes, shapes_of
 from ..optimizer import all as _all # every optimizer is in the table then
-from ..optimizer.declare import helper
+from ..optimizer.declare import helper_of
 from ..optimizer.table import OPTIMIZERS
 
 # %% auto #0
@@ -462,7 +462,7 @@ class Recommendation:
     def flags(self): return {} if self.backend == 'native' else {self.backend: True}
 
     @property
-    def opt_func(self): return helper(OPTIMIZERS[self.optimizer].constructor)(**self.flags)
+    def opt_func(self): return helper_of(OPTIMIZERS[self.optimizer].constructor)(**self.flags)
 
     def __str__(self):
         lines = [f"{r.backend:8} {r.ms:9.3f} ms {r.speedup:6.2f}x" for r in self.results] + [f"{n:8} cannot run: {why}" for n,why in self.skipped.items()]

@@ -23,7 +23,7 @@ from .torchscript import JitLookahead, JitOptimizer
 
 # %% auto #0
 __all__ = ['FLAGS', 'BACKENDS', 'STATES', 'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead', 'backend_of', 'build',
-           'arguments_of', 'optimizer', 'OptFunc', 'helper']
+           'arguments_of', 'optimizer', 'OptFunc', 'helper', 'helper_of']
 
 # %% ../../nbs/optimizer.declare.ipynb #60457e48
 class StepperOptimizer(FastOptimizer):
@@ -187,3 +187,9 @@ def helper(
     helper.__doc__ = f"`partial` of `{constructor.__name__}`: {constructor.__doc__}"
     constructor.helper = helper
     return helper
+
+def helper_of(
+    constructor:Callable, # Such as `Adam`
+) -> Callable:
+    "The helper that stands on its page, or a new one if there is none"
+    return getattr(constructor, 'helper', None) or helper(constructor)
