@@ -515,7 +515,7 @@ class LookaheadMixin:
         except Exception: # a refused step leaves nothing behind
             if first: self.slow_weights = None
             raise
-        for fast,slow in left: fast.data.copy_(slow.lerp_(fast, self.alpha))
+        for fast,slow in left: fast.data.copy_(slow.lerp_(fast, self.alpha) if slow.dtype == fast.dtype else slow.add_(fast - slow, alpha=self.alpha))
         self.count += 1
 
     def step_with(self,
