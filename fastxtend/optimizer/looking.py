@@ -84,7 +84,7 @@ def _keys(obj, impl):
     "The dispatch keys of the tensor `obj`"
     return carray(i64_ptr(carray(i64_ptr(obj + impl[0]), 1)[0] + impl[1]), 1)[0]
 
-_WORDS = 40 # of 8 bytes, of a tensor's memory: fewer than a tensor has
+_WORDS = 23 # of 8 bytes, which a tensor's memory has at most
 
 def _raw(keys): return keys.raw_repr()
 
@@ -96,10 +96,10 @@ def where_keys_are() -> tuple[int, int, int]|None: # Offset of the pointer in th
     examples = [plain, torch._neg_view(torch.ones(2)), torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.complex64).conj(), torch._efficientzerotensor(2)]
     try: keys = [_raw(torch._C._dispatch_keys(t)) for t in examples]
     except AttributeError: return None
-    at = object.__basicsize__ # the first word of the object after its head
-    found = [k*8 for k in range(2, _WORDS) if all(_word(_word(id(t) + at) + k*8) == v for t,v in zip(examples, keys))]
-    if len(set(keys)) < 4 or len(found) != 1: return None
-    return at, found[0], (keys[1] | keys[3] | keys[4]) & ~keys[0] & ~_raw(torch._C._dispatch_keys(torch.ones(2, dtype=torch.complex64)))
+    at = next((o for o in range(object.__basicsize__, Tensor.__basicsize__, 8) if all(_word(id(t) + o) == t._cdata for t in examples)), None)
+    found = next((k*8 for k in range(2, _WORDS) if all(_word(t._cdata + k*8) == v for t,v in zip(examples, keys))), None)
+    if at is None or found is None or len(set(keys)) < 4: return None
+    return at, found, (keys[1] | keys[3] | keys[4]) & ~keys[0] & ~_raw(torch._C._dispatch_keys(torch.ones(2, dtype=torch.complex64)))
 
 # %% ../../nbs/optimizer.looking.ipynb #71ab2e1e
 def _describer():
@@ -117,8 +117,9 @@ def _address(function): return ctypes.cast(function, ctypes.c_void_p).value
 
 def compiled_probe():
     "`probe` in compiled code, or `None` if PyTorch does not tell what is needed for it"
-    describe, impl, py = _describer(), where_keys_are(), ctypes.pythonapi
-    if not describe or not impl: return None
+    describe, py = _describer(), ctypes.pythonapi
+    impl = where_keys_are() if describe else None
+    if not impl: return None
     functions = (describe, *map(_address, (py.PyList_GetItem, py.PyObject_Type, py.Py_DecRef, py.PyErr_Clear)))
     plain, ids, table = (id(Tensor), id(nn.Parameter)), types.Array(i64, 1, 'C'), types.Array(i64, 2, 'C')
     sig = types.void(types.UniTuple(i64, 5), types.UniTuple(i64, 2), types.UniTuple(i64, 3), ids, table)
