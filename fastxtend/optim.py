@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,9 +26,9 @@ from .optimizer.steppers import (STEP, Switch, add_momentum, apply, args_of, ave
 from .optimizer.table import OptimizerSpec
 
 # %% auto #0
-__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'STRUCTURE', 'OWN', 'WAYS', 'COUNTS', 'add_dampened',
-           'look_ahead', 'ascend', 'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column',
-           'column_of', 'renamed', 'TorchStyle', 'torch_class']
+__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'STRUCTURE', 'OWN', 'WAYS', 'add_dampened', 'look_ahead',
+           'ascend', 'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column', 'column_of',
+           'renamed', 'TorchStyle', 'torch_class']
 
 # %% ../nbs/optim.ipynb #c7de87d0
 def _share(dampening, step): return 1. - dampening if step > 1 else 1.
@@ -169,7 +168,6 @@ REFUSED = 'differentiable', 'capturable' # Options of `torch.optim` that have to
 STRUCTURE = 'momentum', 'dampening' # Numbers for which it matters whether they are zero
 OWN = tuple(n for n in FLAGS if n not in BACKENDS) # How tensors are kept, which `torch.optim` leaves no choice of
 WAYS = 'foreach', 'fused', *OWN
-COUNTS = dict(step=int, mu_product=float) # What is a tensor in the state of `torch.optim`, and a number here
 
 def _check(o):
     "`ValueError`, in PyTorch's words, if the options of an optimizer that `torch.optim` lacks make no sense"
@@ -189,13 +187,13 @@ class TorchStyle(torch.optim.Optimizer):
         options = dict(self.__signature__.bind(params, *args, **kwargs).arguments)
         params = options.pop('params')
         if 'betas' in options: options['betas'] = tuple(options['betas'])
-        self._engines, self._shown = {}, False
+        self._numbers = {}
         super().__init__(params, self.defaults_with(**options))
 
     @property
     def state(self): "State of each parameter, as in `torch.optim`"; return self.show_state()
     @state.setter
-    def state(self, state): self.__dict__['state'], self._shown = state, True
+    def state(self, state): self.__dict__['state'], self._shown, self._engines = state, True, {}
 
     @classmethod
     def defaults_with(cls,
@@ -260,15 +258,17 @@ def make_engine(self:TorchStyle,
     groups:list, # Of one kind
 ):
     "An optimizer for groups of one kind, which goes on with their state"
-    group, lists = groups[0], [list(g['params']) for g in groups]
+    column, group, lists = self.column, groups[0], [list(g['params']) for g in groups]
     params = [p for ps in lists for p in ps]
-    if group.get('fused') and any(p.is_meta for p in params): raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of a device with memory, and some are on `meta`")
+    if group.get('fused') and any(p.is_meta and p.grad is not None for p in params): raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of a device with memory, and some are on `meta`")
     engine = build(self.spec(group), lists, decouple_wd=True, backend=self.backend(group, params), **{n: group.get(n) for n in OWN}, **self.hypers(group))
-    state, inner = self.__dict__['state'], [n for n in engine.composition().counters if n in self.column.inner]
+    state, numbers = self.__dict__['state'], _numbers(engine.composition())
+    self._numbers.update(numbers)
     for s,p in [(state[p], p) for p in params if state.get(p)]:
-        for n in inner: s.setdefault(n, 1) # not the first step
+        for n in numbers:
+            if n in column.inner: s.setdefault(n, 1) # not the first step
         if engine.slot_dtype is not None: s.update({n: engine._loaded_item(p, n, v) for n,v in s.items()})
-    if not engine.own_slots and not engine.composition().counters: engine.state = defaultdict(dict)
+    if engine.own_slots or numbers: engine.state = state # else nothing is kept
     return engine
 
 @patch
@@ -281,7 +281,7 @@ def hypers(self:TorchStyle,
 @patch
 def engines(self:TorchStyle) -> list:
     "The optimizers that do the work, with all that is in `param_groups` now"
-    self.count_in_numbers()
+    self.hide_state()
     kinds = {}
     for g in self.param_groups:
         if g['params']: kinds.setdefault(self.kind(g), []).append(g)
@@ -291,7 +291,6 @@ def engines(self:TorchStyle) -> list:
             for g in groups: self.check_group(g)
             self._engines[kind] = self.make_engine(groups)
         engine = self._engines[kind]
-        if engine.own_slots or engine.composition().counters: engine.state = self.__dict__['state']
         engine.param_lists, engine.hypers = [g['params'] for g in groups], [self.hypers(g) for g in groups]
     return [self._engines[k] for k in kinds]
 
@@ -346,32 +345,40 @@ def _uncompiled(opt, closure):
     return opt.step(closure)
 
 # %% ../nbs/optim.ipynb #74572343
+def _numbers(composition):
+    "What is a number in the state of a parameter, and of which type"
+    return {**{n: type(v) for n,v in composition.counters.items()}, **{n: float for n in composition.kept}}
+
 def _state_dicts(state): return [s for s in state.values() if isinstance(s, dict)]
+
+def _scalar(x):
+    "As PyTorch keeps it: a step in float32, unless the default is float64"
+    return torch.tensor(x, dtype=torch.float64 if isinstance(x, float) or torch.get_default_dtype() is torch.float64 else torch.float32)
 
 @patch
 def show_state(self:TorchStyle) -> dict:
     "State of each parameter, as in `torch.optim`"
     state, self._shown = self.__dict__['state'], True
     for s in _state_dicts(state):
-        for n,kind in COUNTS.items():
-            if n in s and not torch.is_tensor(s[n]):
-                s[n] = torch.tensor(s[n], dtype=torch.float64 if kind is float or torch.get_default_dtype() is torch.float64 else torch.float32)
+        for n in self._numbers:
+            if n in s and not torch.is_tensor(s[n]): s[n] = _scalar(self._numbers[n](s[n]))
     return state
 
 @patch
-def count_in_numbers(self:TorchStyle):
+def hide_state(self:TorchStyle):
     "The other way round, if somebody has asked"
     if not self._shown: return
     self._shown = False
     for s in _state_dicts(self.__dict__['state']):
-        for n,kind in COUNTS.items():
+        for n,kind in self._numbers.items():
             if torch.is_tensor(s.get(n)): s[n] = kind(s[n])
 
 @patch
 def state_dict(self:TorchStyle) -> dict:
     "State and groups, as those of `torch.optim`"
     sd, inner = torch.optim.Optimizer.state_dict(self), self.column.inner
-    return {**sd, 'state': {k: {n: v for n,v in s.items() if n not in inner} if isinstance(s, dict) else s for k,s in sd['state'].items()}}
+    def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in s.items() if n not in inner}
+    return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items()}}
 
 @patch
 def check_state(self:TorchStyle,
@@ -382,8 +389,8 @@ def check_state(self:TorchStyle,
     for group in groups:
         self.check_group(group)
         spec = self.spec(group)
-        slots, composition, name = spec.slots(), spec.composition(), type(self).__name__
-        keeps = {*slots, *composition.counters, *composition.kept}
+        slots, numbers, name = spec.slots(), _numbers(spec.composition()), type(self).__name__
+        keeps = {*slots, *numbers}
         for p in group['params']:
             s = state.get(p)
             if not s: continue
@@ -400,8 +407,10 @@ def __setstate__(self:TorchStyle, state):
         for n in [n for n,v in s.items() if v is None]: del s[n]
     if 'defaults' not in state: self.check_state(state['state'], state['param_groups']) # `load_state_dict` calls
     torch.optim.Optimizer.__setstate__(self, state)
-    self._engines, self._shown = {}, True
+    self._engines, self._numbers, self._shown = {}, {}, True
+    for g in self.param_groups: self._numbers.update(_numbers(self.spec(g).composition()))
 
+# %% ../nbs/optim.ipynb #d4c0ffee
 @patch
 def train(self:TorchStyle):
     "Before training: Schedule-Free weights go where gradients are taken"
