@@ -332,6 +332,27 @@ def test_zero_grad_is_one_call(way):
     assert calls == 1 and watch_calls(build('Adam', ps).zero_grad)[0] == 50
 
 @ours
+def test_zeroing_is_remembered(way):
+    "as long as the gradients are the same ones, and without keeping them"
+    from weakref import ref
+    ps = make_params([(3,), (5,)])
+    opt = build('Adam', ps, way)
+    for p in ps: p.grad = torch.ones_like(p)
+    opt.zero_grad()
+    first = opt._zeroing
+    for p in ps: p.grad.add_(1)
+    opt.zero_grad()
+    assert opt._zeroing is first and all((p.grad == 0).all() for p in ps)
+    dropped = ref(ps[0].grad)
+    ps[0].grad = torch.ones(3, dtype=torch.float64).float()
+    assert dropped() is None
+    opt.zero_grad()
+    assert opt._zeroing is not first and all((p.grad == 0).all() for p in ps)
+    ps[0].grad.requires_grad_()
+    opt.zero_grad()
+    assert not ps[0].grad.requires_grad
+
+@ours
 def test_set_to_none(way):
     def run(opt, ps):
         for p in ps: p.grad = torch.ones_like(p)
