@@ -1,5 +1,5 @@
 "Clipping, unscaling, averaging and clearing in the step: the numbers of fastai's own callbacks, and fastai's way wherever somebody could see a difference"
-import pickle, warnings
+import itertools, pickle, warnings
 from functools import partial
 
 import pytest
@@ -105,6 +105,39 @@ def scaled(opt_func, cbs=(), scaled=None, n_epoch=2, **kwargs):
         warnings.simplefilter('ignore')  # there is no CUDA
         learn = learner(opt_func, **kwargs).to_fp16()
     return fit(learn, n_epoch, cbs=[cb, *cbs]), cb.scales
+
+class Freezes(Callback):
+    "Freezes the first group in the midst of training, and goes on with it later"
+    order, watches_step = 1, False
+    def before_epoch(self):
+        at = self.epoch/self.n_epoch
+        if at == .4:
+            self.learn.freeze()
+            for p in params(self.learn):
+                if not p.requires_grad: p.grad = None # fastai would go on moving what has a gradient, if it is zero
+        if at == .6: self.learn.unfreeze()
+
+CASES = [dict(zip(('max_norm', 'n_acc', 'freezes', 'dtype'), c)) for c in itertools.product((1e-3, .6, 1e6), (1, 2), (False, True), WITHIN)]
+
+def cases():
+    "Every optimizer in one of the cases, in turn; in a soak test in all of them"
+    for i,name in enumerate(NAMES):
+        for j,case in enumerate(CASES):
+            if SOAK or j == 7*i % len(CASES): yield pytest.param(name, case, id='-'.join([name, *(str(v).replace('torch.', '') for v in case.values())]))
+
+@pytest.mark.parametrize('name,case', cases())
+def test_all_at_once(name, case):
+    "Five epochs of one cycle with everything: infinite gradients at known steps, clipping (always, sometimes, never), accumulation, freezing, an average, cleared gradients"
+    def run(way, Clip, more=()):
+        cbs = [Clip(case['max_norm']), EMACallback(.9, replace_weights=False), *more]
+        if case['freezes']: cbs.append(Freezes())
+        if case['n_acc'] > 1: cbs.append(GradientAccumulation(8*case['n_acc']))
+        return scaled(partial(constructor(name), **flags(way)), cbs, n_epoch=5*case['n_acc'] if SOAK else 5, dtype=case['dtype'])
+    taken = Taken()
+    (native, scales), (fused, fused_scales) = run('native', NativeClip), run('fused', GradientClip, [ClearGradients(), taken])
+    assert scales == fused_scales and len(set(scales)) > 3
+    assert taken.seen.count({'unscale', 'clip', 'average', 'clear'}) > len(taken.seen)//2
+    assert_close(native, fused, WITHIN[case['dtype']]/torch.finfo(case['dtype']).eps)
 
 @pytest.mark.parametrize('clip', [None, .6], ids=['free', 'clipped'])
 @pytest.mark.parametrize('name', NAMES)
