@@ -115,6 +115,7 @@ class FastOptimizer(Optimizer):
     "A fastai `Optimizer` that steps all groups together"
     _transient = '_layouts', '_layout', '_plans', '_compositions', '_ran', '_cleared', '_zeroing', 'attached', 'known', 'sums', 'engine'
     takes_attachments = False # Is there anything to be gained from an `Attachment`?
+    takes_clip_scale = False # Is there something to be gained if the step itself clips, once the norm is known?
     set_to_none = False # Does `zero_grad` leave no gradients, instead of zeros?
     def __init__(self,
         params:Tensor|Iterable, # Model parameters or parameter groups
@@ -331,12 +332,12 @@ def take_step(self:FastOptimizer,
 def ready(self:FastOptimizer,
     **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
 ) -> tuple[Plan, Batch, Probe]|None: # `None` if nothing steps
-    "Gather and plan; what is attached is part of it, if all of it is kernels"
+    "Gather and plan; what is attached is part of it, if all that runs takes it"
     self.attached = {n: a for n,a in self.attached.items() if a.is_wanted}
     batch = self.gather(**lent)
     if not len(batch): return None
     planned = self.plan(batch)
-    if not self.attached or planned[0].is_all_kernels: return planned
+    if not self.attached or planned[0].takes(batch.composition): return planned
     self.set_apart(self.attached)
     return self.plan(self.gather(**lent))
 
