@@ -111,12 +111,11 @@ class Freezes(Callback):
     "Freezes the first group in the midst of training, and goes on with it later"
     order, watches_step = 1, False
     def before_epoch(self):
-        at = self.epoch/self.n_epoch
-        if at == .4:
+        if self.epoch == self.n_epoch//3:
             self.learn.freeze()
             for p in params(self.learn):
                 if not p.requires_grad: p.grad = None # fastai would go on moving what has a gradient, if it is zero
-        if at == .6: self.learn.unfreeze()
+        if self.epoch == 2*self.n_epoch//3: self.learn.unfreeze()
 
 CASES = [dict(zip(('max_norm', 'n_acc', 'freezes', 'dtype'), c)) for c in itertools.product((1e-3, .6, 1e6), (1, 2), (False, True), WITHIN)]
 
@@ -128,12 +127,12 @@ def cases():
 
 @pytest.mark.parametrize('name,case', list(cases()))
 def test_all_at_once(name, case):
-    "Five epochs of one cycle with everything: infinite gradients at known steps, clipping (always, sometimes, never), accumulation, freezing, an average, cleared gradients"
+    "One cycle (100 steps in a soak test) with everything: infinite gradients at known steps, clipping (always, sometimes, never), accumulation, freezing, an average, cleared gradients"
     def run(way, Clip, more=()):
         cbs = [Clip(case['max_norm']), EMACallback(.9, replace_weights=False), *more]
         if case['freezes']: cbs.append(Freezes())
         if case['n_acc'] > 1: cbs.append(GradientAccumulation(8*case['n_acc']))
-        return scaled(partial(constructor(name), **flags(way)), cbs, n_epoch=5*case['n_acc'] if SOAK else 5, dtype=case['dtype'])
+        return scaled(partial(constructor(name), **flags(way)), cbs, n_epoch=5*case['n_acc'] if SOAK else 3, dtype=case['dtype'])
     taken = Taken()
     (native, scales), (fused, fused_scales) = run('native', NativeClip), run('fused', GradientClip, [ClearGradients(), taken])
     assert scales == fused_scales and len(set(scales)) > 3
