@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect, math
 from dataclasses import dataclass
 from functools import lru_cache
+from weakref import ref
 
 import numpy as np, torch
 from fastai.optimizer import Optimizer
@@ -22,8 +23,8 @@ from .steppers import Composition, Slot, compose, picked, switches
 from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
 # %% auto #0
-__all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in', 'Layout', 'FastOptimizer',
-           'zero_tensors', 'check_k', 'LookaheadMixin']
+__all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'Zeroing',
+           'check_k', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -112,8 +113,9 @@ class Layout:
 # %% ../../nbs/optimizer.core.ipynb #045b34ba
 class FastOptimizer(Optimizer):
     "A fastai `Optimizer` that steps all groups together"
-    _transient = '_layouts', '_layout', '_plans', '_compositions', '_ran', '_cleared', 'attached', 'known', 'sums', 'engine'
+    _transient = '_layouts', '_layout', '_plans', '_compositions', '_ran', '_cleared', '_zeroing', 'attached', 'known', 'sums', 'engine'
     takes_attachments = False # Is there anything to be gained from an `Attachment`?
+    takes_clip_scale = False # Is there something to be gained if the step itself clips, once the norm is known?
     set_to_none = False # Does `zero_grad` leave no gradients, instead of zeros?
     def __init__(self,
         params:Tensor|Iterable, # Model parameters or parameter groups
@@ -146,7 +148,7 @@ class FastOptimizer(Optimizer):
     def forget(self):
         "What can be found again: compositions, layout and plans; and what belongs to one step: attachments, and sums over the model"
         self._layouts, self._layout, self._plans, self._compositions, self._ran = {}, None, {}, {}, None
-        self.attached, self.known, self.sums, self._cleared = {}, {}, {}, None
+        self.attached, self.known, self.sums, self._cleared, self._zeroing = {}, {}, {}, None, None
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in self._transient}
     def __setstate__(self, state):
@@ -330,12 +332,12 @@ def take_step(self:FastOptimizer,
 def ready(self:FastOptimizer,
     **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
 ) -> tuple[Plan, Batch, Probe]|None: # `None` if nothing steps
-    "Gather and plan; what is attached is part of it, if all of it is kernels"
+    "Gather and plan; what is attached is part of it, if all that runs takes it"
     self.attached = {n: a for n,a in self.attached.items() if a.is_wanted}
     batch = self.gather(**lent)
     if not len(batch): return None
     planned = self.plan(batch)
-    if not self.attached or planned[0].is_all_kernels: return planned
+    if not self.attached or planned[0].takes(batch.composition): return planned
     self.set_apart(self.attached)
     return self.plan(self.gather(**lent))
 
@@ -413,16 +415,25 @@ def grad_norm(self:FastOptimizer) -> float|None: # `None` if it is not known, fo
     return norm if norm is None else float(norm)
 
 # %% ../../nbs/optimizer.core.ipynb #dd8bf3de
-def zero_tensors(
-    ts:list, # Gradients
-):
-    "Zero them in place, in one call for each device and dtype"
-    plain = defaultdict(list)
-    for t in ts:
-        if t.requires_grad: t.detach_()
-        if type(t) is Tensor and t.layout is torch.strided: plain[t.device, t.dtype].append(t)
-        else: t.zero_()
-    for group in plain.values(): torch._foreach_zero_(group)
+_any_requires_grad = getattr(torch._C, '_any_requires_grad', lambda *ts: any(t.requires_grad for t in ts))
+
+class Zeroing:
+    "Zeroes gradients in place, in one call for each device and dtype"
+    def __init__(self,
+        ts:list, # Gradients
+    ):
+        self.refs, together, self.others = [ref(t) for t in ts], defaultdict(list), [] # weak ones: whoever drops gradients wants their memory
+        for i,t in enumerate(ts): (together[t.device, t.dtype] if type(t) is Tensor and t.layout is torch.strided else self.others).append(i)
+        self.together = list(together.values())
+
+    def holds(self, ts): "Are these the same gradients?"; return same_objects(ts, [r() for r in self.refs])
+
+    def __call__(self, ts):
+        "Zero them"
+        if _any_requires_grad(*ts):
+            for t in ts: t.requires_grad and t.detach_()
+        for idxs in self.together: torch._foreach_zero_([ts[i] for i in idxs])
+        for i in self.others: ts[i].zero_()
 
 @patch
 def zero_grad(self:FastOptimizer,
@@ -437,7 +448,8 @@ def zero_grad(self:FastOptimizer,
     if cleared and [g._version for g in cleared[0]] == cleared[1]:
         done = set(map(id, cleared[0]))
         grads = [g for g in grads if id(g) not in done]
-    zero_tensors(grads)
+    if self._zeroing is None or not self._zeroing.holds(grads): self._zeroing = Zeroing(grads)
+    self._zeroing(grads)
 
 # %% ../../nbs/optimizer.core.ipynb #4a9cfda8
 @patch

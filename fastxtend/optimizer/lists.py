@@ -229,6 +229,8 @@ class ListEngine(Engine):
         lists:bool=True, # Does `step` take one number for all parameters, or always a list?
     ): self.step, self.name, self.block, self.widen, self.lists = step, name, block, widen, lists
 
+    def takes(self, composition): return knows(self.step, composition)
+
     def prepare(self, batch, seen, idxs): return bool(((seen.reasons != OK) | seen.mixed())[idxs].any()) # can tensors be odd?
 
     def begin(self, part, batch, seen):
@@ -295,7 +297,7 @@ class WrittenWork(ListWork):
         batch, engine = self.batch, self.engine
         args = [(a, n) for a,n in step_args(engine.step)[2:]]
         late = needs_late(batch.composition, batch.scalar)
-        neutral, every = dict(decay=1., l2=0.), {'trust', *batch.slots}
+        neutral, every = dict(decay=1., l2=0., clip_scale=1.), {'trust', *batch.slots}
         def scalar(n): return n if not isinstance(n, str) else batch.scalar(n) if n in batch.rows[0] else neutral.get(n)
         scalars = {n: scalar(n) for _,n in args if n not in every}
         for (p, g, *slots), owners in blocks(batch, engine.block, not batch.composition.sums):
