@@ -265,6 +265,7 @@ def engines(self:TorchStyle) -> list:
             self._engines[kind] = self.make_engine(groups)
         engine = self._engines[kind]
         engine.state, engine.param_lists, engine.hypers = self.state, [g['params'] for g in groups], [self.hypers(g) for g in groups]
+        if engine.composition().carried: engine.carried = groups[0].setdefault('carried', {})
     return [self._engines[k] for k in kinds]
 
 @patch
@@ -289,7 +290,8 @@ def state_dict(self:TorchStyle) -> dict:
             step = s.pop('step')
             if keep: s = {'step': torch.tensor(float(step)), **s}
         return s
-    return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items() if s}}
+    groups = [{**g, 'carried': {n: float(x) for n,x in g['carried'].items()}} if 'carried' in g else g for g in sd['param_groups']]
+    return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items() if s}, 'param_groups': groups}
 
 @patch
 def __setstate__(self:TorchStyle, state):
