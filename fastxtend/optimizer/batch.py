@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from operator import attrgetter
 
@@ -31,6 +31,7 @@ class Batch:
     rows:list # Dicts of scalars
     slots:dict # Slot name to a list of state tensors
     composition:Composition # What is to be done
+    carried:dict=field(default_factory=dict) # What the last step left for this one, by name: numbers, or tensors of one element
 
     def __len__(self): return len(self.params)
 
@@ -41,7 +42,7 @@ class Batch:
         if len(idxs) == len(self): return self
         def pick(xs): return [xs[i] for i in idxs]
         return Batch(pick(self.params), pick(self.grads), pick(self.states), self.row_ids[idxs], self.rows,
-                     {k: pick(v) for k,v in self.slots.items()}, self.composition)
+                     {k: pick(v) for k,v in self.slots.items()}, self.composition, self.carried)
 
     def with_tensors(self,
         params:list, # Of each parameter, in another form
@@ -49,7 +50,7 @@ class Batch:
         *slots:list, # Of each slot
     ) -> Batch:
         "The same with other tensors"
-        return Batch(params, grads, self.states, self.row_ids, self.rows, dict(zip(self.slots, slots)), self.composition)
+        return Batch(params, grads, self.states, self.row_ids, self.rows, dict(zip(self.slots, slots)), self.composition, self.carried)
 
     def scalar(self,
         name:str, # A scalar of the row
@@ -58,6 +59,11 @@ class Batch:
         values = [row[name] for row in self.rows]
         if all(v == values[0] for v in values): return values[0]
         return [values[i] for i in self.row_ids.tolist()]
+
+    def carry(self) -> dict:
+        "What is carried: number or tensor by name, as the last step left it or as it starts"
+        row = self.rows[0]
+        return {n: self.carried.get(n, row[c.start] if isinstance(c.start, str) else c.start) for n,c in self.composition.carried.items()}
 
     def table(self,
         dtype, # NumPy's, of the numbers

@@ -23,8 +23,8 @@ from .steppers import Composition, Slot, compose, picked, switches
 from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
 # %% auto #0
-__all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in', 'Layout', 'FastOptimizer', 'Zeroing',
-           'check_k', 'LookaheadMixin']
+__all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in', 'Layout', 'FastOptimizer',
+           'check_common', 'Zeroing', 'check_k', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -130,6 +130,7 @@ class FastOptimizer(Optimizer):
         check_params(self.param_lists)
         self.spec, self.decouple_wd, self.options = spec, decouple_wd, {**spec.options, **(options or {})}
         self.arguments = {k: bool(np.any(v)) if k == 'mom' else v for k,v in defaults.items() if k != 'lr'}
+        self.carried = {}
         self.forget()
 
     def set_hyper(self, k, v):
@@ -152,8 +153,13 @@ class FastOptimizer(Optimizer):
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in self._transient}
     def __setstate__(self, state):
-        self.__dict__.update(state)
+        self.__dict__.update({'carried': {}, **state})
         self.forget()
+
+    def clear_state(self):
+        "Begin anew"
+        super().clear_state()
+        self.carried = {}
 
     @property
     def steppers(self): "What a step consists of"; return self.spec.steppers(decouple_wd=self.decouple_wd, **{**self.arguments, **self.options})
@@ -268,7 +274,16 @@ def gather(self:FastOptimizer,
     composition = self.composition(tuple(lent))
     rows = [self.row(composition, *key) for key in layout.rows(composition.counters, facts_in(composition))]
     slots = {n: lent[n] if n in lent else values_of(layout.states, n, None) for n in composition.slots}
-    return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition)
+    check_common(composition, rows)
+    return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition, self.carried)
+
+def check_common(
+    composition:Composition, # What is to be done
+    rows:list, # Dicts of scalars
+):
+    "`ValueError` if scalars differ between groups from which one number for the whole model is to follow"
+    for n in composition.common if composition.carried else ():
+        if any(row[n] != rows[0][n] for row in rows): raise ValueError(f"{composition.name} estimates one number for all groups: `{n}` has to be the same in each, and is {', '.join(dict.fromkeys(f'{row[n]:g}' for row in rows))}")
 
 # %% ../../nbs/optimizer.core.ipynb #944668fd
 def _start(start, p, dtype):
@@ -455,14 +470,19 @@ def zero_grad(self:FastOptimizer,
 @patch
 def state_dict(self:FastOptimizer) -> dict:
     "State of each parameter and hyperparameters of each group, in plain containers"
-    return dict(state=[dict(self.state[p]) for p in concat(*self.param_lists)], hypers=[{k: v.item() if isinstance(v, np.generic) else v for k,v in h.items()} for h in self.hypers])
+    hypers = [{k: v.item() if isinstance(v, np.generic) else v for k,v in h.items()} for h in self.hypers]
+    carried = dict(carried={n: float(x) for n,x in self.carried.items()}) if self.composition().carried else {}
+    return dict(state=[dict(self.state[p]) for p in concat(*self.param_lists)], hypers=hypers, **carried)
 
 @patch
 def load_state_dict(self:FastOptimizer,
     sd:dict, # What `state_dict` returned, of this or another backend or of fastai's own optimizer
 ):
     "Copy the state in `sd`, or raise `ValueError` and change nothing if it does not fit"
-    self.state, self.hypers = self.loaded(sd)
+    names = set(self.composition().carried)
+    carried = sd.get('carried', {} if not names else None)
+    if carried is None or set(carried) not in (names, set()): raise ValueError(f"The saved state is of another optimizer: it has no 'carried' with {', '.join(sorted(names))}, which {self.spec.name} keeps for the whole model")
+    (self.state, self.hypers), self.carried = self.loaded(sd), {n: float(x) for n,x in carried.items()}
 
 @patch
 def loaded(self:FastOptimizer,

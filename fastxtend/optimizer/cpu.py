@@ -281,13 +281,14 @@ class NumbaWork(HostWork):
         composition = batch.composition
         self.rows = batch.table(np.float64)
         self.ids = slice(None) if len(self.rows) == 1 else batch.row_ids # one row suits all
-        if composition.sums: self.known = needs_late(composition, lambda n: self.rows[self.ids, composition.row.index(n)])
+        if composition.sums: self.known = needs_late(batch, lambda n: self.rows[self.ids, composition.row.index(n)])
 
     def run(self, stage):
         prepared, rows, row_ids = self.prepared, self.rows, self.batch.row_ids
-        if stage.late: # each parameter has a row of its own
+        late = prepared.late[stage]
+        if stage.late or late: # each parameter has a row of its own
             fold_late(stage, self.known)
-            n, late = rows.shape[1], prepared.late[stage]
+            n = rows.shape[1]
             rows, row_ids = np.empty((len(row_ids), n + len(late)), prepared.real), np.arange(len(row_ids))
             rows[:, :n] = self.rows[self.ids]
             for k,name in enumerate(late, n): rows[:, k] = self.known[name]

@@ -72,7 +72,7 @@ def triton_stage(
     n_read = 1 + max(map(tensors.index, stage.tensors))
     gives = stage.gives if stage.sums else ('p', *composition.slots)
     late = tuple(f.name for f in stage.late)
-    stage = replace(stage, tensors=tensors[:n_read], scalars=composition.row + late, gives=gives)
+    stage = replace(stage, tensors=tensors[:n_read], scalars=(*composition.row, *composition.carried, *late), gives=gives)
     return compile_stage(stage, _math, _jit, _readable(stage)), n_read
 
 @lru_cache(None)
@@ -80,12 +80,12 @@ def triton_late(
     composition:Composition, # Of the step
     at:int, # Position of a stage
 ):
-    "What follows from sums, as a function of the sums so far and the scalars of the row; `None` if there is nothing"
+    "What follows from sums and what is carried, as a function of the sums so far, the scalars of the row, and what is carried; `None` if there is nothing"
     stage = composition.stages[at]
     if not stage.late: return None
-    called = call_names([f.f for f in stage.late], {*_math, *sums_before(composition, at), *composition.row, *(f.name for f in stage.late)})
+    called = call_names([f.f for f in stage.late], {*_math, *sums_before(composition, at), *composition.row, *composition.carried, *(f.name for f in stage.late)})
     lines = tuple(Line((f.name,), f.inputs, f"{called[f.f]}({', '.join(map(str, f.takes))})", f.f) for f in stage.late)
-    late = replace(stage, name=stage.name + '_late', lines=lines, tensors=sums_before(composition, at), scalars=composition.row, gives=tuple(f.name for f in stage.late))
+    late = replace(stage, name=stage.name + '_late', lines=lines, tensors=sums_before(composition, at), scalars=(*composition.row, *composition.carried), gives=tuple(f.name for f in stage.late))
     return compile_stage(late, _math, _jit, _readable(late))
 
 def sums_before(
@@ -136,21 +136,22 @@ def _load_block(pointers, mask, n:tl.constexpr, compute:tl.constexpr):
 
 # %% ../../nbs/optimizer.cuda.ipynb #c641f914
 @triton.jit
-def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
+def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, writes:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
                 BLOCK:tl.constexpr, masked:tl.constexpr, clear:tl.constexpr):
     "Run `stage` on a block"
     mask = _inside(at, size, BLOCK) if masked else None
     pointers = _pointers(param, at, n, dtypes, BLOCK, masked)
     new = stage(*_load_block(pointers, mask, n, compute), *scalars)
     tl.store(pointers[0], new[0].to(dtypes[0]), mask=mask)
-    for i in tl.static_range(2, n): tl.store(pointers[i], new[i-1].to(dtypes[i]), mask=mask)
+    for i in tl.static_range(2, n):
+        if (writes >> i) & 1: tl.store(pointers[i], new[i-1].to(dtypes[i]), mask=mask)
     if clear: tl.store(pointers[1], tl.zeros((BLOCK,), dtypes[1]), mask=mask)
 
 @triton.jit
-def _step_either(param, at, size, aligned, scalars, stage:tl.constexpr, n:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
+def _step_either(param, at, size, aligned, scalars, stage:tl.constexpr, n:tl.constexpr, writes:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
                  BLOCK:tl.constexpr, clear:tl.constexpr):
-    if aligned & (at + BLOCK <= size): _step_block(param, at, size, scalars, stage, n, dtypes, compute, BLOCK, False, clear)
-    else: _step_block(param, at, size, scalars, stage, n, dtypes, compute, BLOCK, True, clear)
+    if aligned & (at + BLOCK <= size): _step_block(param, at, size, scalars, stage, n, writes, dtypes, compute, BLOCK, False, clear)
+    else: _step_block(param, at, size, scalars, stage, n, writes, dtypes, compute, BLOCK, True, clear)
 
 @triton.jit
 def _sums(partials, totals, first, count, n_chunks, n:tl.constexpr, models:tl.constexpr, MOST:tl.constexpr):
@@ -162,13 +163,27 @@ def _sums(partials, totals, first, count, n_chunks, n:tl.constexpr, models:tl.co
         else: values = values + (tl.sum(tl.load(partials + i*n_chunks + first + nth, mask=nth < count, other=0.)),)
     return values
 
-@triton.jit(do_not_specialize_on_alignment=['entries', 'owners', 'rows', 'partials', 'totals', 'kept'])
+@triton.jit
+def _carried(carried, n:tl.constexpr, compute:tl.constexpr):
+    "What is carried"
+    values = ()
+    for i in tl.static_range(n): values = values + (tl.load(carried + i).to(compute),)
+    return values
+
+@triton.jit
+def _carry(carried, values, carry:tl.constexpr, n:tl.constexpr):
+    "Leave the values at the positions `carry`, for the next step"
+    if tl.program_id(0) == 0:
+        for i in tl.static_range(n): tl.store(carried + i, values[carry[i]].to(tl.float64))
+
+@triton.jit(do_not_specialize_on_alignment=['entries', 'owners', 'rows', 'partials', 'totals', 'carried', 'kept'])
 def step_kernel(
     entries, # Addresses, size, chunk length, first chunk, row and position of each parameter: (parameters, `n_tensors` + 5) of int64
     owners, # Parameter of each chunk: (chunks,) of int32
     rows, # Scalars: (rows, `n_row`) of float32, or of float64 for float64 parameters
     partials, # What `sums_kernel` added up: (sums, chunks) of the dtype of `rows`, or `None` if there are no sums
     totals, # Sums over the model: (sums, `MOST`) of the dtype of `rows`, or `None`
+    carried, # What is carried: (2, `n_carried`) of float64, for this step and for the next, or `None`
     kept, # Where to leave the scalars that are kept, at the position of the parameter: (all parameters, late scalars), or `None`
     stage:tl.constexpr, # What to do
     late:tl.constexpr, # What follows from sums, or `None`
@@ -176,7 +191,10 @@ def step_kernel(
     n_row:tl.constexpr, # Scalars in a row
     n_sums:tl.constexpr, # Sums
     models:tl.constexpr, # Which of them are over the model, as bits
+    n_carried:tl.constexpr, # Scalars that are carried
+    carry:tl.constexpr, # Which of what follows from sums is carried to the next step
     keep:tl.constexpr, # Which of what follows from sums is kept, as bits
+    writes:tl.constexpr, # Which of the tensors the stage gives, as bits
     clear:tl.constexpr, # Zero the gradients?
     dtypes:tl.constexpr, # Of each tensor
     compute:tl.constexpr, # What steppers compute in
@@ -186,15 +204,16 @@ def step_kernel(
     "Run the last stage on one chunk of one parameter"
     param, size, length, first, row, aligned = _find_chunk(entries, owners, tl.program_id(0), n_tensors)
     start = (tl.program_id(0) - first)*length
-    scalars = _load_all(rows + row*n_row, n_row)
-    if late is None: _step_either(param, start, size, aligned, scalars, stage, n_tensors, dtypes, compute, BLOCK, clear)
+    scalars = _load_all(rows + row*n_row, n_row) + _carried(carried, n_carried, compute)
+    if late is None: _step_either(param, start, size, aligned, scalars, stage, n_tensors, writes, dtypes, compute, BLOCK, clear)
     else:
         values = late(*_sums(partials, totals, first, tl.cdiv(size, length), tl.num_programs(0), n_sums, models, MOST), *scalars)
+        if n_carried: _carry(carried + n_carried, values, carry, n_carried)
         if keep:
             if tl.program_id(0) == first: _keep(kept, tl.load(param + n_tensors + 4), values, keep)
         scalars = scalars + values
         for at in tl.range(start, tl.minimum(start + length, size), BLOCK, disable_licm=True):
-            _step_either(param, at, size, aligned, scalars, stage, n_tensors, dtypes, compute, BLOCK, clear)
+            _step_either(param, at, size, aligned, scalars, stage, n_tensors, writes, dtypes, compute, BLOCK, clear)
 
 @triton.jit
 def _keep(kept, position, values, keep:tl.constexpr):
@@ -220,13 +239,13 @@ def _add_each(a, b, n:tl.constexpr):
     return res
 
 @triton.jit
-def _sum_chunk(entries, owners, rows, partials, totals, chunk, n_chunks, stage:tl.constexpr, late:tl.constexpr, n_tensors:tl.constexpr, n_read:tl.constexpr,
-               n_row:tl.constexpr, n_sums:tl.constexpr, n_own:tl.constexpr, models:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
+def _sum_chunk(entries, owners, rows, partials, totals, carried, chunk, n_chunks, stage:tl.constexpr, late:tl.constexpr, n_tensors:tl.constexpr, n_read:tl.constexpr,
+               n_row:tl.constexpr, n_sums:tl.constexpr, n_own:tl.constexpr, models:tl.constexpr, n_carried:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
                BLOCK:tl.constexpr, MOST:tl.constexpr):
     "Add up what `stage` gives over one chunk, in blocks"
     param, size, length, first, row, aligned = _find_chunk(entries, owners, chunk, n_tensors)
     start = (chunk - first)*length
-    scalars = _load_all(rows + row*n_row, n_row)
+    scalars = _load_all(rows + row*n_row, n_row) + _carried(carried, n_carried, compute)
     if late is not None: scalars = scalars + late(*_sums(partials, totals, first, tl.cdiv(size, length), n_chunks, n_sums, models, MOST), *scalars)
     added = ()
     for i in tl.static_range(n_own): added = added + (tl.zeros((BLOCK,), compute),)
@@ -241,11 +260,16 @@ def _leave_sums(partials, chunk, n_chunks, added, n_sums:tl.constexpr, n_own:tl.
     "Store what was added up over a chunk"
     for i in tl.static_range(n_own): tl.store(partials + (n_sums + i)*n_chunks + chunk, tl.sum(added[i]))
 
-@triton.jit(do_not_specialize=['n_chunks'], do_not_specialize_on_alignment=['entries', 'owners', 'rows', 'partials', 'totals'])
+@triton.jit
+def _move(src, dst, n:tl.constexpr):
+    for i in tl.static_range(n): tl.store(dst + i, tl.load(src + i))
+
+@triton.jit(do_not_specialize=['n_chunks'], do_not_specialize_on_alignment=['entries', 'owners', 'rows', 'partials', 'totals', 'carried'])
 def sums_kernel(
     entries, owners, rows, # As in `step_kernel`
     partials, # Where to leave the sums over tensors: (sums, chunks) of the dtype of `rows`
     totals, # Where to leave those over the model: (sums, `MOST`) of the dtype of `rows`, or `None`
+    carried, # As in `step_kernel`. The first stage finds there what the last step left for the next one, and moves it to where later stages look
     n_chunks, # How many chunks there are
     stage:tl.constexpr, # What to add up
     late:tl.constexpr, # What follows from sums of stages before, or `None`
@@ -255,22 +279,26 @@ def sums_kernel(
     n_sums:tl.constexpr, # Sums of stages before
     n_own:tl.constexpr, # Sums of this one
     models:tl.constexpr, # Which of all are over the model, as bits
+    n_carried:tl.constexpr, # Scalars that are carried
     dtypes:tl.constexpr, # Of each tensor
     compute:tl.constexpr, # What steppers compute in
     BLOCK:tl.constexpr, # Elements of a block
     MOST:tl.constexpr, # Most chunks of a parameter
 ):
     "Add up what `stage` gives: over one chunk of one parameter, or, if there are sums over the model, over every `MOST`th chunk"
+    if n_carried and n_sums == 0:
+        if tl.program_id(0) == 0: _move(carried + n_carried, carried, n_carried)
+        carried = carried + n_carried
     if (models >> n_sums) == 0:
-        added = _sum_chunk(entries, owners, rows, partials, totals, tl.program_id(0), n_chunks, stage, late, n_tensors, n_read, n_row, n_sums, n_own, models,
-                           dtypes, compute, BLOCK, MOST)
+        added = _sum_chunk(entries, owners, rows, partials, totals, carried, tl.program_id(0), n_chunks, stage, late, n_tensors, n_read, n_row, n_sums, n_own, models,
+                           n_carried, dtypes, compute, BLOCK, MOST)
         _leave_sums(partials, tl.program_id(0), n_chunks, added, n_sums, n_own)
     else:
         found = ()
         for i in tl.static_range(n_own): found = found + (tl.zeros((BLOCK,), compute),)
         for chunk in tl.range(tl.program_id(0), n_chunks, MOST):
-            added = _sum_chunk(entries, owners, rows, partials, totals, chunk, n_chunks, stage, late, n_tensors, n_read, n_row, n_sums, n_own, models,
-                               dtypes, compute, BLOCK, MOST)
+            added = _sum_chunk(entries, owners, rows, partials, totals, carried, chunk, n_chunks, stage, late, n_tensors, n_read, n_row, n_sums, n_own, models,
+                               n_carried, dtypes, compute, BLOCK, MOST)
             if ((models >> n_sums) + 1) >> n_own == 0: _leave_sums(partials, chunk, n_chunks, added, n_sums, n_own) # some are over tensors
             found = _add_each(found, added, n_own)
         for i in tl.static_range(n_own):
@@ -311,9 +339,12 @@ def constants(
     fmt = format_of(dtypes)
     f, n_read = triton_stage(composition, at)
     common = dict(stage=f, late=triton_late(composition, at), n_tensors=n_tensors, n_row=len(composition.row), n_sums=len(before),
-                  models=_bits(composition.sums[n].over == 'model' for n in (*before, *stage.sums)), dtypes=tuple(_named(tl, d) for d in dtypes), compute=_named(tl, fmt.compute),
+                  models=_bits(composition.sums[n].over == 'model' for n in (*before, *stage.sums)), n_carried=len(composition.carried), dtypes=tuple(_named(tl, d) for d in dtypes), compute=_named(tl, fmt.compute),
                   BLOCK=fmt.block, MOST=MOST)
-    return {**common, **(dict(n_read=n_read, n_own=len(stage.gives)) if stage.sums else dict(keep=_bits(f.keep for f in stage.late), clear=stage.clears))}
+    if stage.sums: return dict(common, n_read=n_read, n_own=len(stage.gives))
+    late = [f.name for f in stage.late]
+    return dict(common, carry=tuple(late.index(c.of) for c in composition.carried.values()), keep=_bits(f.keep for f in stage.late),
+                writes=_bits(n in stage.gives for n in ('p', 'g', *composition.slots)), clear=stage.clears)
 
 # %% ../../nbs/optimizer.cuda.ipynb #2f20148a
 def make_chunks(
@@ -396,7 +427,17 @@ class Tables:
         self.partials = torch.empty((n, len(owners)), dtype=fmt.compute, device=self.device) if n else None
         self.totals = torch.zeros((n, MOST), dtype=fmt.compute, device=self.device) if any(s.over == 'model' for s in composition.sums.values()) else None
         self.kept = torch.empty((self.n_all, len(composition.step.late)), dtype=dtype, device=self.device) if composition.kept else None
+        self.carried = torch.zeros((2, len(composition.carried)), dtype=torch.float64, device=self.device) if composition.carried else None
+        self.carry = dict(zip(composition.carried, self.carried[1].unbind())) if composition.carried else {}
         upload(owners, self.owners)
+
+    def bring(self,
+        carried:dict, # Number or tensor by name
+    ):
+        "Take what is carried, if it was not these kernels that left it"
+        for n,x in ({} if self.capturing else carried).items():
+            if isinstance(x, Tensor) and x is not self.carry[n]: self.carry[n].copy_(x)
+            elif not isinstance(x, Tensor): self.carry[n].fill_(x)
 
     def views(self,
         k:int, # Position of a kept scalar
@@ -435,6 +476,7 @@ class TritonWork(Work):
         self.constants = {s: constants(composition, at, dtypes) for at,s in enumerate(composition.stages)}
         with self.on_device():
             tables.cut(fmt, dtypes[0], composition)
+            tables.bring(batch.carry())
             self.entries, self.rows = tables.put(seen, batch.row_ids, batch.table(_named(np, fmt.compute)))
         if new: self.compile()
 
@@ -445,7 +487,7 @@ class TritonWork(Work):
     ) -> tuple: # Kernel, grid, arguments, and what is given by name
         "What is to be launched"
         tables, n_chunks = self.tables, len(self.tables.owners)
-        args, given = (self.entries, tables.owners, self.rows, tables.partials, tables.totals), {**self.constants[stage], **OPTIONS}
+        args, given = (self.entries, tables.owners, self.rows, tables.partials, tables.totals, tables.carried), {**self.constants[stage], **OPTIONS}
         if not stage.sums: return step_kernel, (n_chunks,), (*args, tables.kept), given
         adds_up = any(s.over == 'model' for s in stage.sums.values())
         return sums_kernel, (min(n_chunks, MOST) if adds_up else n_chunks,), (*args, n_chunks), given
@@ -473,6 +515,7 @@ class TritonWork(Work):
             if not fold.keep: continue
             views = self.tables.views(k)
             for i in self.idxs.tolist(): self.batch.states[i][fold.name] = views[i]
+        self.batch.carried.update(self.tables.carry)
 
 # %% ../../nbs/optimizer.cuda.ipynb #989dc996
 @dataclass(frozen=True)
@@ -493,8 +536,9 @@ def compile_ahead(
     if not constants.get('n_sums') and 'n_own' not in constants: constants = dict(constants, partials=None)
     if not constants['models']: constants = dict(constants, totals=None)
     if not constants.get('keep'): constants = dict(constants, kept=None)
+    if not constants['n_carried']: constants = dict(constants, carried=None)
     compute = constants['compute']
-    types = dict(entries='*i64', owners='*i32', n_chunks='i32', rows=f'*{compute}', partials=f'*{compute}', totals=f'*{compute}', kept=f"*{constants['dtypes'][0]}")
+    types = dict(entries='*i64', owners='*i32', n_chunks='i32', rows=f'*{compute}', partials=f'*{compute}', totals=f'*{compute}', carried='*fp64', kept=f"*{constants['dtypes'][0]}")
     constants = {n: v for n,v in constants.items() if n in kernel.arg_names}
     source = ASTSource(kernel, {n: 'constexpr' if n in constants else types[n] for n in kernel.arg_names}, constants)
     log = io.StringIO()

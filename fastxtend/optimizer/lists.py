@@ -161,15 +161,16 @@ class HostWork(Work):
         for name in self.batch.composition.kept:
             states, values = self.batch.states, np.broadcast_to(self.known[name], len(self.batch)).tolist()
             for i in self.stepped(): states[i][name] = values[i]
+        for name,c in self.batch.composition.carried.items(): self.batch.carried[name] = float(np.ravel(self.known[c.of])[0])
 
     def stepped(self): "Positions of the parameters that are stepped"; return range(len(self.batch))
 
 def needs_late(
-    composition:Composition, # Of the step
+    batch:Batch, # What steps
     known:Callable, # From the name of a scalar of the row to its value
 ) -> dict:
-    "The scalars of the row that late folds take"
-    return {n: known(n) for n in composition.late_inputs}
+    "The scalars of the row that late folds take, and what is carried"
+    return {**{n: known(n) for n in batch.composition.late_inputs}, **{n: float(x) for n,x in batch.carry().items()}}
 
 # %% ../../nbs/optimizer.lists.ipynb #e6c6106f
 @lru_cache(None)
@@ -244,7 +245,7 @@ class ListWork(HostWork):
     "Steppers on lists"
     def __init__(self, engine, batch, original):
         self.engine, self.batch, self.original = engine, batch, original
-        if batch.composition.sums: self.known = needs_late(batch.composition, lambda n: np.array([row[n] for row in batch.rows])[batch.row_ids])
+        if batch.composition.sums: self.known = needs_late(batch, lambda n: np.array([row[n] for row in batch.rows])[batch.row_ids])
 
     def scalars(self, stage, owners):
         for n in stage.scalars:
@@ -296,7 +297,7 @@ class WrittenWork(ListWork):
         if stage.sums: return
         batch, engine = self.batch, self.engine
         args = [(a, n) for a,n in step_args(engine.step)[2:]]
-        late = needs_late(batch.composition, batch.scalar)
+        late = needs_late(batch, batch.scalar)
         neutral, every = dict(decay=1., l2=0., clip_scale=1.), {'trust', *batch.slots}
         def scalar(n): return n if not isinstance(n, str) else batch.scalar(n) if n in batch.rows[0] else neutral.get(n)
         scalars = {n: scalar(n) for _,n in args if n not in every}
@@ -335,7 +336,8 @@ class StepperWork(Work):
     "Steppers on whole tensors"
     def __init__(self, batch):
         self.batch = batch
-        self.known = [dict(batch.rows[i]) for i in batch.row_ids]
+        carried = {n: float(x) for n,x in batch.carry().items()}
+        self.known = [{**batch.rows[i], **carried} for i in batch.row_ids]
 
     @unnoticed
     def run(self, stage):
@@ -354,3 +356,4 @@ class StepperWork(Work):
     def keep(self):
         for n in self.batch.composition.kept:
             for state,k in zip(self.batch.states, self.known): state[n] = k[n]
+        for n,c in self.batch.composition.carried.items(): self.batch.carried[n] = self.known[0][c.of]
