@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from operator import attrgetter
 
 import numpy as np, torch
 from torch import Tensor
 
+from .formats import LOST, NOTHING, STAMPS, exact_join, exact_split
 from .probe import is_dense, is_sharded, sharing_memory
 from .steppers import Composition
 
@@ -31,6 +32,7 @@ class Batch:
     rows:list # Dicts of scalars
     slots:dict # Slot name to a list of state tensors
     composition:Composition # What is to be done
+    beside:dict=field(default_factory=dict) # Name to a list of tensors that formats keep beside others, or `NOTHING`
 
     def __len__(self): return len(self.params)
 
@@ -41,15 +43,15 @@ class Batch:
         if len(idxs) == len(self): return self
         def pick(xs): return [xs[i] for i in idxs]
         return Batch(pick(self.params), pick(self.grads), pick(self.states), self.row_ids[idxs], self.rows,
-                     {k: pick(v) for k,v in self.slots.items()}, self.composition)
+                     {k: pick(v) for k,v in self.slots.items()}, self.composition, {k: pick(v) for k,v in self.beside.items()})
 
     def with_tensors(self,
         params:list, # Of each parameter, in another form
         grads:list, # Of each gradient
-        *slots:list, # Of each slot
+        *others:list, # Of each slot, and of what is beside; nothing is, if these are left out
     ) -> Batch:
         "The same with other tensors"
-        return Batch(params, grads, self.states, self.row_ids, self.rows, dict(zip(self.slots, slots)), self.composition)
+        return Batch(params, grads, self.states, self.row_ids, self.rows, dict(zip(self.slots, others)), self.composition, dict(zip(self.beside, others[len(self.slots):])))
 
     def scalar(self,
         name:str, # A scalar of the row
@@ -67,12 +69,18 @@ class Batch:
         return np.array([[row[n] for n in names] for row in self.rows], dtype).reshape(len(self.rows), len(names))
 
     def tensors(self) -> tuple:
-        "Parameters, gradients and slots: the lists of tensors a step reads"
-        return self.params, self.grads, *self.slots.values()
+        "Parameters, gradients, slots, and what is beside them: the lists of tensors a step reads"
+        return self.params, self.grads, *self.slots.values(), *self.beside.values()
+
+    def exact(self,
+        i:int, # Position of a parameter
+    ) -> tuple: # Empty if it has none
+        "Its lost bits, and their stamps"
+        return () if self.beside.get(LOST, {i: NOTHING})[i] is NOTHING else (self.beside[LOST][i], self.beside[STAMPS][i])
 
     def named(self) -> dict:
         "The same by the names that steppers use"
-        return dict(p=self.params, g=self.grads, **self.slots)
+        return dict(p=self.params, g=self.grads, **self.slots, **self.beside)
 
 # %% ../../nbs/optimizer.batch.ipynb #edbd8774
 def as_number(
@@ -196,7 +204,13 @@ def lay_out(
     shared = set(sharing_memory(*batch.tensors())) if odd else ()
     odd = [(i, t) for i,t in odd if i not in shared and t.untyped_storage().nbytes() == t.numel()*t.element_size()]
     for i,t in odd: t.data = torch.empty_like(batch.params[i], dtype=t.dtype).copy_(t)
-    return bool(odd)
+    lost = [(i, *batch.exact(i)) for i in idxs if is_dense(batch.params[i]) and batch.exact(i)]
+    lost = [(batch.params[i], t, stamps) for i,t,stamps in lost if t.stride() != batch.params[i].stride()]
+    for p,t,stamps in lost:
+        x = exact_join(p, t, stamps)
+        t.data = torch.empty_like(p, dtype=t.dtype)
+        exact_split(x, p, t, stamps)
+    return bool(odd or lost)
 
 # %% ../../nbs/optimizer.batch.ipynb #47e42eb1
 def overwrite(

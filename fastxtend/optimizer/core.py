@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .attach import same_objects, sums_only
 from .batch import RANGES, Batch, as_number, check_batch, check_hyper, check_params, check_tensors, copy_like, describe, fields_of, lay_out, no_such, shards
+from .formats import EXACT, NOTHING, exact_join, exact_split, exact_start
 from .plan import Engine, Plan, Ran, look, make_plan, run
-from .probe import STRIDES, Probe, sharing_memory
+from .probe import STRIDES, Probe, is_sharded, sharing_memory
 from .steppers import Composition, Slot, compose, picked, switches
 from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
 # %% auto #0
-__all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in', 'Layout', 'FastOptimizer',
+__all__ = ['FLOAT32', 'SETS', 'NO_SHARDS', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in', 'Layout', 'FastOptimizer',
            'zero_tensors', 'check_k', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
@@ -169,12 +170,20 @@ class FastOptimizer(Optimizer):
     def engine(self) -> Engine: "What runs everything that no kernel runs"; raise NotImplementedError
 
     slot_dtype = None # Of state tensors, if it is not that of their parameters
+    exact = False # Are the bits kept that bfloat16 parameters lose?
     def dtype_of(self,
         p:Tensor, # A parameter
         slot:Slot, # One of its slots
     ) -> torch.dtype:
         "What the slot is kept in. Weights stay as exact as their parameter, and what is lent is not ours"
-        return p.dtype if self.slot_dtype is None or slot.start == 'p' or slot.lent else self.slot_dtype
+        if self.slot_dtype is None or slot.start == 'p' or slot.lent: return torch.float32 if self.is_exact(p) else p.dtype
+        return self.slot_dtype
+
+    def is_exact(self,
+        p:Tensor, # A parameter
+    ) -> bool:
+        "Are the bits kept that it loses?"
+        return self.exact and p.dtype == torch.bfloat16
 
     kernels = None # From the code of a device to an engine with kernels, if these are asked for
 
@@ -257,6 +266,19 @@ def stepping(self:FastOptimizer) -> tuple[Layout, list]: # What is known of them
     return self._layout, grads
 
 @patch
+def beside(self:FastOptimizer,
+    params:list, # Parameters
+    states:list, # Their state dicts
+) -> dict: # Name to a list of tensors
+    "What formats keep beside the tensors of `params`. `NotImplementedError` if they cannot"
+    exact = [self.is_exact(p) for p in params]
+    if not any(exact): return {}
+    if any(map(is_sharded, params)): raise NotImplementedError(NO_SHARDS)
+    return {n: [s.get(n) if e else NOTHING for s,e in zip(states, exact)] for n in EXACT}
+
+NO_SHARDS = "`weights='exact'` cannot keep the lost bits of parameters that are sharded (`DTensor`): leave it out, or shard parameters in float32"
+
+@patch
 def gather(self:FastOptimizer,
     **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
 ) -> Batch:
@@ -266,7 +288,7 @@ def gather(self:FastOptimizer,
     composition = self.composition(tuple(lent))
     rows = [self.row(composition, *key) for key in layout.rows(composition.counters, facts_in(composition))]
     slots = {n: lent[n] if n in lent else values_of(layout.states, n, None) for n in composition.slots}
-    return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition)
+    return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition, self.beside(layout.params, layout.states) if self.exact else {})
 
 # %% ../../nbs/optimizer.core.ipynb #944668fd
 def _start(start, p, dtype):
@@ -276,15 +298,47 @@ def _start(start, p, dtype):
 def init_slots(self:FastOptimizer,
     batch:Batch, # Parameters about to step
 ):
-    "Create the slots that are missing"
+    "Create the slots that are missing, and what is beside them"
+    if batch.beside: self.init_beside(batch)
     for name,ts in batch.slots.items():
         if not any(t is None for t in ts): continue
         slot = batch.composition.slots[name]
-        batch.slots[name] = [_start(slot.start, p, self.dtype_of(p, slot)) if t is None else t for p,t in zip(batch.params, ts)]
+        batch.slots[name] = [_start(slot.start, self.weights_of(p) if slot.start == 'p' else p, self.dtype_of(p, slot)) if t is None else t for p,t in zip(batch.params, ts)]
     for name,ts in batch.slots.items(): # all are there: none is kept if memory ran out
         if batch.composition.slots[name].lent: continue
         for state,t in zip(batch.states, ts): state.setdefault(name, t)
         batch.slots[name] = [s[name] for s in batch.states] # a parameter that is listed twice has one
+
+@patch
+def init_beside(self:FastOptimizer,
+    batch:Batch, # Parameters about to step
+):
+    "Begin to keep lost bits: anew if the parameter has another shape now, and on its device"
+    for p,state in zip(batch.params, batch.states):
+        if not self.is_exact(p): continue
+        start, last = exact_start(p), {n: state.get(n) for n in EXACT}
+        fits = all(isinstance(t, Tensor) and t.shape == start[n].shape and t.dtype == start[n].dtype for n,t in last.items())
+        state.update({n: t.to(p.device) for n,t in last.items()} if fits else start)
+    batch.beside = self.beside(batch.params, batch.states)
+
+@patch
+def weights_of(self:FastOptimizer,
+    p:Tensor, # A parameter
+) -> Tensor: # `p` itself if it loses nothing
+    "What is stepped: with `weights='exact'` the float32 number that a bfloat16 parameter and its lost bits are together"
+    kept = [self.state[p].get(n) for n in EXACT] if self.is_exact(p) and p in self.state else [None]
+    if self.is_exact(p): return p.detach().float() if None in kept else exact_join(p, *kept)
+    return p
+
+@patch
+def write_weights(self:FastOptimizer,
+    p:Tensor, # A parameter
+    x:Tensor, # Its new value
+):
+    "Write a parameter, and the bits that it loses"
+    if not self.is_exact(p): return p.data.copy_(x)
+    kept = [self.state[p].setdefault(n, t) for n,t in exact_start(p).items()]
+    exact_split(x, p, *kept)
 
 @patch
 def plan(self:FastOptimizer,
@@ -469,12 +523,16 @@ def loaded(self:FastOptimizer,
             raise ValueError(f"The saved state is of another optimizer: its hyperparameters are {', '.join(sorted(map(str, saved)))}, "
                              f"and those of {self.spec.name} are {', '.join(sorted(own))}")
     state = defaultdict(dict)
-    for p,saved in zip(params, sd['state']): state[p] = {k: self._loaded_item(p, k, v) for k,v in saved.items()}
+    for p,saved in zip(params, sd['state']): state[p] = {k: self._loaded_item(p, k, v) for k,v in saved.items() if k not in EXACT or self.is_exact(p)}
     return state, L(dict(h) for h in sd['hypers'])
 
 @patch
 def _loaded_item(self:FastOptimizer, p, name, value):
     if name in self.own_slots: return copy_like(p, name, value, self.dtype_of(p, self.own_slots[name]))
+    if name in EXACT:
+        start = exact_start(p)[name]
+        if not torch.is_tensor(value) or (value.shape, value.dtype) != (start.shape, start.dtype): raise ValueError(f"The saved '{name}' of a parameter of {describe(p)} is of another model")
+        return start.copy_(value)
     if name in known_slots():
         raise ValueError(f"The saved state is of another optimizer: it has '{name}', which {self.spec.name}, built as this one is, does not keep")
     counters = self.composition().counters
@@ -510,12 +568,12 @@ class LookaheadMixin:
 
     def step_all(self):
         first = self.slow_weights is None
-        if first: self.slow_weights = L(L(p.detach().clone() for p in pg) for pg in self.param_lists)
+        if first: self.slow_weights = L(L(self.weights_of(p).detach().clone() for p in pg) for pg in self.param_lists)
         try: left = self.step_with(self.slow_pairs() if (self.count+1) % self.k == 0 else [])
         except Exception: # a refused step leaves nothing behind
             if first: self.slow_weights = None
             raise
-        for fast,slow in left: fast.data.copy_(slow.lerp_(fast, self.alpha))
+        for fast,slow in left: self.write_weights(fast, slow.lerp_(self.weights_of(fast), self.alpha))
         self.count += 1
 
     def step_with(self,
@@ -552,7 +610,7 @@ class LookaheadMixin:
         slow = sd['slow_weights']
         if slow is not None:
             if list(map(len, slow)) != list(map(len, self.param_lists)): raise ValueError("The saved 'slow_weights' are of another model")
-            slow = L(L(copy_like(p, 'slow_weights', s) for p,s in zip(pg, slow_pg)) for pg,slow_pg in zip(self.param_lists, slow))
+            slow = L(L(copy_like(p, 'slow_weights', s, torch.float32 if self.is_exact(p) else None) for p,s in zip(pg, slow_pg)) for pg,slow_pg in zip(self.param_lists, slow))
         if not isinstance(sd['count'], int) or sd['count'] < 0: raise ValueError(f"The saved 'count' is a number of steps, and cannot be {sd['count']!r}")
         super().load_state_dict(sd)
         self.count, self.slow_weights = sd['count'], slow

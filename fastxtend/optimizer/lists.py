@@ -13,6 +13,7 @@ import numpy as np, torch
 from torch import Tensor
 
 from .batch import Batch, overwrite
+from .formats import exact_join, exact_split
 from .plan import Engine, Work
 from .probe import OK, is_dense, is_sharded
 from .steppers import MATH, Composition, Stage, compile_function, compile_stage, unwrapped
@@ -202,13 +203,16 @@ def norms(
 
 def _is_odd(batch):
     "Are tensors of different dtypes, or bytes not what they say?"
+    if any(map(batch.exact, range(len(batch)))): return True
+    batch = replace(batch, beside={})
     ts = [t for ts in batch.tensors() for t in ts]
     return not any(map(is_sharded, ts)) and any(t.dtype != ts[0].dtype or t.is_neg() or t._is_zerotensor() for t in ts)
 
 def _plainly(batch):
     "`batch` in tensors of one dtype, of 32 bits at least, whose bytes are their elements: copies where they are not"
-    dtype = torch.float64 if any(t.dtype == torch.float64 for ts in batch.tensors() for t in ts) else torch.float32
-    return batch.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in batch.tensors()))
+    full = replace(batch, params=[exact_join(p, *batch.exact(i)) if batch.exact(i) else p for i,p in enumerate(batch.params)], beside={})
+    dtype = torch.float64 if any(t.dtype == torch.float64 for ts in full.tensors() for t in ts) else torch.float32
+    return full.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in full.tensors()))
 
 def unnoticed(
     run:Callable, # Of a `Work`
@@ -274,15 +278,16 @@ class ListWork(HostWork):
 
     def renew(self):
         for copies,ts in zip(self.batch.tensors(), self.original.tensors()):
-            for copy,t in zip(copies, ts):
-                if copy is not t: overwrite(copy, t)
+            for i,(copy,t) in enumerate(zip(copies, ts)):
+                if copy is not t: overwrite(copy, exact_join(t, *self.original.exact(i)) if ts is self.original.params and self.original.exact(i) else t)
 
     def write_back(self):
         if self.batch is self.original: return
         for n,ts in self.batch.named().items():
             if n == 'g': continue
-            for t,new in zip(self.original.named()[n], ts):
-                if t is not new: overwrite(t, new)
+            for i,(t,new) in enumerate(zip(self.original.named()[n], ts)):
+                if n == 'p' and self.original.exact(i): exact_split(new, t, *self.original.exact(i))
+                elif t is not new: overwrite(t, new)
 
 class WrittenWork(ListWork):
     "A step function that does all stages at once"
