@@ -5,11 +5,9 @@ import pytest
 
 from common import *
 
-from fastai.learner import Learner
 from fastxtend.optimizer.attach import Attachment, average_weights, clear_gradients, clip_gradients
-from fastxtend.optimizer.formats import BLOCK, EXACT, LOST, STAMPS, exact_join, exact_split, exact_start, n_blocks
+from fastxtend.optimizer.formats import BLOCK, EXACT, LOST, STAMPS
 from fastxtend.optimizer.modifiers import cautious, cautious_decay, lookahead
-from fastxtend.optimizer.plan import look
 
 INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1'
 on_cpu = pytest.mark.skipif(INTERPRETS, reason="of the kernels for CPUs")
@@ -120,7 +118,7 @@ def test_what_others_write_has_lost_nothing(write):
     for p,q in zip(params, fresh): assert torch.equal(opt.weights_of(p), q)
     for q in fresh: q.grad_dtype = torch.bfloat16
     other = constructor('Adam')(fresh, .01, fused=True)
-    for p,q in zip(params, fresh): other.state[q] = {k: deepcopy(v) for k,v in opt.state[p].items() if k not in EXACT}
+    for p,q in zip(params, fresh): other.state[q] = {k: deepcopy(v) for k,v in opt.state[p].items() if k not in EXACT.beside}
     for gs in grads(3, shapes): step_both(opt, params, other, fresh, gs)
     assert_equal(opt, params, other, fresh)
 
@@ -140,9 +138,9 @@ def test_every_number_comes_back():
     for lower in (0, 1, 0x7fff, 0x8000, 0x8001, 0xffff):
         x = ((upper << 16) + lower).to(torch.int32).view(torch.float32)
         p = torch.empty(2**16, dtype=torch.bfloat16)
-        kept = exact_start(p)
-        exact_split(x, p, *kept.values())
-        y = exact_join(p, *kept.values())
+        kept = EXACT.start(p)
+        EXACT.split(x, p, *kept)
+        y = EXACT.join(p, *kept)
         finite = ~x.isnan()
         assert torch.equal(y[finite].view(torch.int32), x[finite].view(torch.int32)) and y[~finite].isnan().all() and p[~finite].isnan().all()
         if lower != 0x8000: assert torch.equal(p[finite], x[finite].bfloat16())
@@ -176,7 +174,7 @@ def test_among_float32_parameters():
     p, q = rounded(dict(a=(9, 20)))[0], torch.ones(20)
     opt = constructor('Adam')([p, q], .01, fused=True, weights='exact')
     for gs in grads(4, dict(a=(9, 20), b=(20,))): step_with(opt, [p, q], [gs[0], gs[1].float()])
-    assert backends(opt) == {'numba'} and set(EXACT) <= set(opt.state[p]) and not set(EXACT) & set(opt.state[q])
+    assert backends(opt) == {'numba'} and set(EXACT.beside) <= set(opt.state[p]) and not set(EXACT.beside) & set(opt.state[q])
     assert q.dtype == torch.float32 and opt.weights_of(q) is q
 
 @on_cpu
@@ -228,7 +226,7 @@ def test_checkpoints_both_ways(other):
     wide = constructor('Adam')(full, .01, **other)
     wide.load_state_dict(saved_and_loaded(opt.state_dict()))
     step_with(wide, full, [g.float() for g in grads(4)[0]])
-    if 'fused' in other or 'foreach' in other: assert not any(set(EXACT) & set(wide.state[q]) for q in full)
+    if 'fused' in other or 'foreach' in other: assert not any(set(EXACT.beside) & set(wide.state[q]) for q in full)
     back = constructor('Adam')([q.bfloat16() for q in full], .01, fused=True, weights='exact')
     back.load_state_dict(saved_and_loaded(wide.state_dict()))
     ps = list(back.all_params(with_grad=False).itemgot(0))
@@ -252,6 +250,16 @@ def test_refused(kwargs, error):
 @on_cpu
 def test_float16_has_no_lower_half():
     with pytest.raises(ValueError, match='bfloat16'): constructor('Adam')([torch.ones(3).half()], .01, fused=True, weights='exact')
+
+@on_cpu
+@pytest.mark.parametrize('formats', [dict(weights='exact'), dict(state='int8')], ids=['exact', 'int8'])
+def test_sharded_parameters_are_refused(formats):
+    "Before anything is changed"
+    p = torch.ones(5000).bfloat16()
+    opt = constructor('Adam')([p], .01, fused=True, **formats)
+    p.full_tensor, p.grad = lambda: p, torch.ones_like(p) # what a `DTensor` is known by
+    with pytest.raises(NotImplementedError, match='sharded'): opt.step()
+    assert not opt.state[p] and torch.equal(p, torch.ones_like(p))
 
 # --- In Triton's interpreter
 

@@ -13,15 +13,22 @@ from operator import attrgetter
 import numpy as np, torch
 from torch import Tensor
 
-from .formats import LOST, NOTHING, STAMPS, exact_join, exact_split
+from .formats import EXACT, LOST, NOTHING, ROOTS, Format
 from .probe import is_dense, is_sharded, sharing_memory
 from .steppers import Composition
 
 # %% auto #0
-__all__ = ['RANGES', 'MEANT', 'Batch', 'as_number', 'check_hyper', 'no_such', 'describe', 'check_params', 'fields_of',
-           'check_tensors', 'check_batch', 'shards', 'lay_out', 'overwrite', 'copy_like']
+__all__ = ['RANGES', 'MEANT', 'overwrite', 'Batch', 'as_number', 'check_hyper', 'no_such', 'describe', 'check_params',
+           'fields_of', 'check_tensors', 'check_batch', 'shards', 'lay_out', 'copy_like']
 
 # %% ../../nbs/optimizer.batch.ipynb #e4d1a7f7
+def overwrite(
+    t:Tensor, # Any tensor
+    x:Tensor, # Of the same shape
+) -> Tensor: # `t`
+    "Copy `x` into `t`. It is converted first: PyTorch copies between float16 and float32 without regard to lazy negation"
+    return t.copy_(x.to(t.dtype))
+
 @dataclass
 class Batch:
     "Parameters that step together, with all that the step needs"
@@ -72,11 +79,25 @@ class Batch:
         "Parameters, gradients, slots, and what is beside them: the lists of tensors a step reads"
         return self.params, self.grads, *self.slots.values(), *self.beside.values()
 
-    def exact(self,
+    def stored(self,
+        name:str, # `p`, `g`, or that of a slot
         i:int, # Position of a parameter
-    ) -> tuple: # Empty if it has none
-        "Its lost bits, and their stamps"
-        return () if self.beside.get(LOST, {i: NOTHING})[i] is NOTHING else (self.beside[LOST][i], self.beside[STAMPS][i])
+    ) -> tuple[Format|None, list]: # Its format, and the tensor with those beside it; no format if there are none
+        "How a tensor is stored"
+        t = self.named()[name][i]
+        fmt = ROOTS.get(t.dtype) if name != 'p' else EXACT if LOST in self.beside and self.beside[LOST][i] is not NOTHING else None
+        return fmt, [t, *(self.beside[n][i] for n in fmt.names(name))] if fmt else [t]
+
+    def read(self, name, i) -> Tensor:
+        "A tensor in full"
+        fmt, ts = self.stored(name, i)
+        return fmt.join(*ts) if fmt else ts[0]
+
+    def write(self, name, i, x):
+        "Overwrite a tensor, as it is stored, with numbers"
+        fmt, ts = self.stored(name, i)
+        if fmt: fmt.split(x, *ts)
+        else: overwrite(ts[0], x)
 
     def named(self) -> dict:
         "The same by the names that steppers use"
@@ -160,7 +181,7 @@ def check_tensors(
     "`RuntimeError` if a gradient or a state tensor does not fit its parameter. State may have another floating point dtype, and a gradient the one that PyTorch allows"
     for p,t,expected in zip(params, tensors, fields):
         if t is None or isinstance(t, Tensor) and _fields(t) == expected: continue
-        if not isinstance(t, Tensor) or not t.is_floating_point() or (t.shape, t.device, t.layout) != (p.shape, p.device, p.layout): _refuse(name, p, t)
+        if not isinstance(t, Tensor) or not (t.is_floating_point() or name != 'gradient' and t.dtype in ROOTS) or (t.shape, t.device, t.layout) != (p.shape, p.device, p.layout): _refuse(name, p, t)
         if name == 'gradient' and getattr(p, 'grad_dtype', p.dtype) not in (t.dtype, None): _refuse(name, p, t) # PyTorch lets users choose the dtype, or any (`None`)
 
 def _refuse(name, p, t):
@@ -200,26 +221,21 @@ def lay_out(
     idxs:list, # Positions of those whose tensors are laid out differently
 ) -> bool: # Was there any such slot?
     "Lay slots out as their parameters are"
-    odd = [(i, t) for i in idxs if is_dense(batch.params[i]) for ts in batch.slots.values() for t in [ts[i]] if t.stride() != batch.params[i].stride()]
+    odd = [(n, i, t) for i in idxs if is_dense(batch.params[i]) for n in ('p', *batch.slots) for t in _owned(batch, n, i) if t.stride() != batch.params[i].stride()]
     shared = set(sharing_memory(*batch.tensors())) if odd else ()
-    odd = [(i, t) for i,t in odd if i not in shared and t.untyped_storage().nbytes() == t.numel()*t.element_size()]
-    for i,t in odd: t.data = torch.empty_like(batch.params[i], dtype=t.dtype).copy_(t)
-    lost = [(i, *batch.exact(i)) for i in idxs if is_dense(batch.params[i]) and batch.exact(i)]
-    lost = [(batch.params[i], t, stamps) for i,t,stamps in lost if t.stride() != batch.params[i].stride()]
-    for p,t,stamps in lost:
-        x = exact_join(p, t, stamps)
-        t.data = torch.empty_like(p, dtype=t.dtype)
-        exact_split(x, p, t, stamps)
-    return bool(odd or lost)
+    odd = [(n, i, t) for n,i,t in odd if i not in shared and t.untyped_storage().nbytes() == t.numel()*t.element_size()]
+    for n,i,t in odd:
+        x = batch.read(n, i).detach()
+        t.data = torch.empty_like(batch.params[i], dtype=t.dtype)
+        batch.write(n, i, x)
+    return bool(odd)
+
+def _owned(batch, name, i):
+    "What an optimizer lays out of a tensor as it is stored: a slot, or the lost bits of a parameter"
+    ts = batch.stored(name, i)[1]
+    return ts[1:2] if name == 'p' else ts[:1]
 
 # %% ../../nbs/optimizer.batch.ipynb #47e42eb1
-def overwrite(
-    t:Tensor, # Any tensor
-    x:Tensor, # Of the same shape
-) -> Tensor: # `t`
-    "Copy `x` into `t`. It is converted first: PyTorch copies between float16 and float32 without regard to lazy negation"
-    return t.copy_(x.to(t.dtype))
-
 def copy_like(
     p:Tensor, # A parameter
     name:str, # Name of the state, for the message

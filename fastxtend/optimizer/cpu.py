@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib, math, os, threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import llvmlite.ir as ir
@@ -14,7 +14,8 @@ import numba, numba.core.ccallback, numpy as np, torch
 from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
-from .formats import BLOCK, LOST, MIX_1, MIX_2, STAMPS
+from .formats import BLOCK, LOST, MIX_1, MIX_2, ROOTS, SMALLEST, top_of
+from .formats import EXACT as EXACT_FORMAT
 from .lists import HostWork, fold_late, needs_late
 from .plan import Engine
 from .pointers import c_function, f64_ptr, i64, i64_ptr, pointer_to, with_cache
@@ -23,9 +24,9 @@ from .steppers import Stage, called_by, compile_function, with_numbers_in
 
 # %% auto #0
 __all__ = ['FORMATS', 'EXACT', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits',
-           'bfloat_to_float', 'float_to_bfloat', 'same', 'Format', 'open_exact', 'close_exact', 'formats_of',
-           'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables', 'NumbaEngine', 'engine',
-           'Prepared', 'NumbaWork']
+           'bfloat_to_float', 'float_to_bfloat', 'same', 'Format', 'open_exact', 'close_exact', 'root_format',
+           'formats_of', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables', 'NumbaEngine',
+           'engine', 'Prepared', 'NumbaWork']
 
 # %% ../../nbs/optimizer.cpu.ipynb #034c452c
 @intrinsic
@@ -77,7 +78,7 @@ class Format:
     save:callable=same # To memory
     open:callable=None # From a piece of memory to what is loaded from, if elements cannot be loaded one by one
     close:callable=None # And back
-    beside:tuple=() # Names of the tensors that `open` and `close` take as well
+    beside:tuple=() # Names of the tensors that `open` and `close` take as well, beside this one
 
     @property
     def size(self): return self.store.bitwidth//8
@@ -88,7 +89,7 @@ FORMATS = {f.dtype: f for f in (
     Format(torch.bfloat16, types.uint16, types.float32, bfloat_to_float, float_to_bfloat),
     Format(torch.float16, types.uint16, types.float32, half_to_float, float_to_half))}
 
-# %% ../../nbs/optimizer.cpu.ipynb #b36cd8d6
+# %% ../../nbs/optimizer.cpu.ipynb #bef0cf84
 _mix_1, _mix_2 = np.uint32(MIX_1), np.uint32(MIX_2)
 _block_bits, _all_bits, _no_bits, _nan_bits = np.uint32(16), np.uint32(0xffffffff), np.uint32(0), np.uint32(0x7fc00000)
 
@@ -133,13 +134,75 @@ def close_exact(x, upper_at, lost_at, stamps_at, start, n):
         _split(x[i:j], upper[i:j], lost[i:j])
         stamps[b] = _stamp(upper[i:j])
 
-EXACT = Format(torch.bfloat16, types.float32, types.float32, open=open_exact, close=close_exact, beside=(LOST, STAMPS))
+@_jit
+def _size(x): return bits_to_float(np.uint32(float_to_bits(x) & np.uint32(0x7fffffff)))
+
+@_jit
+def _greatest(x):
+    "The greatest size in a block. Sizes are in the order of their bits, with NaN at the top"
+    most = np.uint32(0)
+    for i in range(len(x)):
+        bits = np.uint32(float_to_bits(x[i]) & np.uint32(0x7fffffff))
+        most = bits if bits > most else most
+    return bits_to_float(most)
+
+def root_format(
+    dtype:torch.dtype, # Of codes
+) -> Format:
+    "Eight bits of the root of an element's share of the greatest in its block"
+    signed, top, code = dtype == torch.int8, top_of(dtype), types.int8 if dtype == torch.int8 else types.uint8
+    ptr, store, top_sqr, one, two, zero = pointer_to(code), np.int8 if signed else np.uint8, np.float32(top**2), np.float32(1), np.float32(2), np.float32(0)
+    unit, smallest = np.float32(1/top**2), np.float32(SMALLEST)
+
+    @_jit
+    def decode(out, codes, scale):
+        for i in range(len(out)):
+            c = np.float32(codes[i])
+            out[i] = c*_size(c)*scale
+
+    @_jit
+    def encode(x, codes, share):
+        for i in range(len(x)):
+            s = _size(x[i])*share
+            s = s if s <= top_sqr else top_sqr
+            c = np.int32(math.sqrt(s))
+            whole = np.float32(c)
+            chance = bits_to_float(np.uint32(np.uint32(np.uint32(float_to_bits(x[i])*_mix_1) >> np.uint32(9)) | np.uint32(0x3f800000))) - one
+            c = np.int32(c + np.int32(chance*(two*whole + one) < s - whole*whole))
+            if signed: c = np.int32(-c) if x[i] < zero else c
+            else: c = np.int32(1) if c == np.int32(0) and x[i] > zero else c
+            codes[i] = store(c)
+
+    @_jit
+    def open_root(out, at, scales_at, start, n):
+        codes, scales = carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
+        for b in range(len(scales)):
+            i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
+            decode(out[i:j], codes[i:j], scales[b]*unit)
+
+    @_jit
+    def close_root(x, at, scales_at, start, n):
+        codes, scales = carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
+        for b in range(len(scales)):
+            i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
+            scale = _greatest(x[i:j])
+            scales[b] = smallest if scale < smallest else scale
+            encode(x[i:j], codes[i:j], top_sqr/scales[b])
+
+    return Format(dtype, types.float32, types.float32, open=open_root, close=close_root)
+
+_f32_ptr = pointer_to(types.float32)
+
+EXACT = Format(torch.bfloat16, types.float32, types.float32, open=open_exact, close=close_exact)
+FORMATS.update({d: root_format(d) for d in ROOTS})
 
 def formats_of(
     dtypes:dict, # Name of each tensor of a parameter to its dtype; `None` if it has none
 ) -> tuple: # `None` for what is beside others
     "The format of each tensor"
-    return tuple(EXACT if n == 'p' and dtypes.get(LOST) else None if n in EXACT.beside else FORMATS[d] for n,d in dtypes.items())
+    formats = {n: (EXACT, EXACT_FORMAT) if n == 'p' and dtypes.get(LOST) else (FORMATS.get(d), ROOTS.get(d)) for n,d in dtypes.items()}
+    beside = {o for n,(_,fmt) in formats.items() if fmt for o in fmt.names(n)}
+    return tuple(None if n in beside or f is None else replace(f, beside=fmt.names(n)) if fmt else f for n,(f,fmt) in formats.items())
 
 # %% ../../nbs/optimizer.cpu.ipynb #f6cbea3b
 _step_source = '''

@@ -41,13 +41,13 @@ def _flags(
     foreach:bool=False, # Step all parameters together, with `torch._foreach_*`
     jit:bool=False, # Step with a TorchScript function
     fused:bool=False, # Step in one kernel, compiled for the CPU (Numba) or a GPU (Triton)
-    state:str=None, # With `fused`: keep state tensors in 'bfloat16', which is half of float32
+    state:str=None, # With `fused`: keep state tensors in 'bfloat16', which is half of float32, or 'int8', a quarter
     weights:str=None, # With `fused`: 'exact' keeps what bfloat16 parameters lose by rounding, so that they are stepped as float32 ones
 ): "The arguments that every constructor has"
 
 FLAGS = tuple(inspect.signature(_flags).parameters)
 BACKENDS = tuple(n for n in FLAGS if n not in ('state', 'weights'))
-STATES = dict(bfloat16=torch.bfloat16) # What state can be kept in, if not in the dtype of its parameters
+STATES = dict(bfloat16=torch.bfloat16, int8=torch.int8) # What state can be kept in, if not in the dtype of its parameters
 WEIGHTS = dict(exact=True)
 
 def backend_of(
@@ -128,6 +128,7 @@ def optimizer(
     hypers:dict=None, # Hyperparameters that are no arguments
     lr:float=None, # A learning rate to begin with, if it is not fastai's 1e-3: `Learner` takes it from what the helper returns
     fixed:tuple=(), # Names of hyperparameters that do not change, whatever a schedule says
+    fine:tuple=(), # Names of slots that 8 bits would harm
     check:Callable=None, # Raises if a `Batch` cannot be stepped now, if there is more to check than for every optimizer
 ) -> Callable:
     "Decorates the constructor of an optimizer: a function with fastai's arguments that returns a list of steppers"
@@ -142,7 +143,7 @@ def optimizer(
         constructor.__signature__ = inspect.Signature(params + _parameters(_flags), return_annotation=inspect.signature(body).return_annotation)
         constructor.__delwrap__ = _flags
         spec = OptimizerSpec(name, _body_of(body), {**{k: v for k,v in defaults.items() if k not in options}, **(hypers or {})},
-                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor, lr, fixed, check)
+                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor, lr, fixed, fine, check)
         OPTIMIZERS[name] = spec
         return constructor
     return decorate

@@ -51,7 +51,7 @@ class FusedOptimizer(FastOptimizer):
         check_numba(concat(*self.param_lists))
 
     takes_attachments = True
-    _keep_on_clear = [*FastOptimizer._keep_on_clear, *EXACT] # lost bits belong to the weights
+    _keep_on_clear = [*FastOptimizer._keep_on_clear, *EXACT.names('p')] # lost bits belong to the weights
 
     @cached_property
     def engine(self): return ListEngine(self.spec.foreach, widen=True)

@@ -13,7 +13,7 @@ import numpy as np, torch
 from torch import Tensor
 
 from .batch import Batch, overwrite
-from .formats import exact_join, exact_split
+from .formats import NOTHING
 from .plan import Engine, Work
 from .probe import OK, is_dense, is_sharded
 from .steppers import MATH, Composition, Stage, compile_function, compile_stage, unwrapped
@@ -203,14 +203,14 @@ def norms(
 
 def _is_odd(batch):
     "Are tensors of different dtypes, or bytes not what they say?"
-    if any(map(batch.exact, range(len(batch)))): return True
+    if any(t is not NOTHING for ts in batch.beside.values() for t in ts): return True
     batch = replace(batch, beside={})
     ts = [t for ts in batch.tensors() for t in ts]
     return not any(map(is_sharded, ts)) and any(t.dtype != ts[0].dtype or t.is_neg() or t._is_zerotensor() for t in ts)
 
 def _plainly(batch):
     "`batch` in tensors of one dtype, of 32 bits at least, whose bytes are their elements: copies where they are not"
-    full = replace(batch, params=[exact_join(p, *batch.exact(i)) if batch.exact(i) else p for i,p in enumerate(batch.params)], beside={})
+    full = batch.with_tensors(*([batch.read(n, i) for i in range(len(batch))] for n in ('p', 'g', *batch.slots)))
     dtype = torch.float64 if any(t.dtype == torch.float64 for ts in full.tensors() for t in ts) else torch.float32
     return full.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in full.tensors()))
 
@@ -277,17 +277,17 @@ class ListWork(HostWork):
         for n,x in zip(stage.gives, torch.cat(sums, 1).tolist()): self.known[n] = np.square(x) if n in of else np.array(x)
 
     def renew(self):
-        for copies,ts in zip(self.batch.tensors(), self.original.tensors()):
-            for i,(copy,t) in enumerate(zip(copies, ts)):
-                if copy is not t: overwrite(copy, exact_join(t, *self.original.exact(i)) if ts is self.original.params and self.original.exact(i) else t)
+        original = self.original.named()
+        for n,copies in self.batch.named().items():
+            for i,(copy,t) in enumerate(zip(copies, original[n])):
+                if copy is not t: overwrite(copy, self.original.read(n, i))
 
     def write_back(self):
         if self.batch is self.original: return
         for n,ts in self.batch.named().items():
             if n == 'g': continue
             for i,(t,new) in enumerate(zip(self.original.named()[n], ts)):
-                if n == 'p' and self.original.exact(i): exact_split(new, t, *self.original.exact(i))
-                elif t is not new: overwrite(t, new)
+                if t is not new: self.original.write(n, i, new)
 
 class WrittenWork(ListWork):
     "A step function that does all stages at once"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .pointers import c_function, i64, i64_ptr, with_cache
 from .formats import BLOCK, NOTHING
-from .probe import BESIDE, DEVICE, DTYPE, NONE, OK, SHAPE, STRIDES, UNREADABLE, WORDS, Probe
+from .probe import BESIDE, CODES, DEVICE, DTYPE, NONE, OK, SHAPE, STRIDES, UNREADABLE, WORDS, Probe
 
 # %% auto #0
 __all__ = ['where_keys_are', 'compiled_probe']
@@ -72,8 +72,8 @@ def _look_at(functions, plain, impl, lists, beside, t, dtypes, addresses, first,
         shape, strides = carray(i64_ptr(info[3]), ndim), carray(i64_ptr(info[4]), ndim)
         if info[1] != first[1]: return DEVICE
         if is_beside:
-            if lanes != 1 or code != 0 or (bits != 16 and bits != 32): return DTYPE
-            dtypes[k] = BESIDE if bits == 16 else WORDS
+            if lanes != 1 or not ((code == 0 and (bits == 16 or bits == 32)) or (code == 2 and bits == 32)): return DTYPE
+            dtypes[k] = BESIDE if bits == 16 else WORDS if code == 0 else WORDS + 1
             if bits == 32:
                 size = 1
                 for s in carray(i64_ptr(first[3]), first[2] & 0xffffffff): size *= s
@@ -81,8 +81,8 @@ def _look_at(functions, plain, impl, lists, beside, t, dtypes, addresses, first,
                 if shape[0] > 1 and strides[0] != 1: return STRIDES
                 continue
         else:
-            if lanes != 1 or not ((code == 2 and (bits == 16 or bits == 32 or bits == 64)) or (code == 4 and bits == 16)): return DTYPE
-            dtypes[k] = 2 if code == 4 else 3 if bits == 16 else 1 if bits == 64 else 0
+            if lanes != 1 or not ((code == 2 and (bits == 16 or bits == 32 or bits == 64)) or (code == 4 and bits == 16) or (k > 1 and code < 2 and bits == 8)): return DTYPE
+            dtypes[k] = CODES + code if code < 2 else 2 if code == 4 else 3 if bits == 16 else 1 if bits == 64 else 0
         if k == 0:
             if not _is_dense(shape, strides): return STRIDES
         else:
