@@ -13,6 +13,7 @@ import numpy as np, torch
 from torch import Tensor
 
 from .batch import Batch, overwrite
+from .formats import NOTHING
 from .plan import Engine, Work
 from .probe import OK, is_dense, is_sharded
 from .steppers import MATH, Composition, Stage, compile_function, compile_stage, unwrapped
@@ -203,13 +204,16 @@ def norms(
 
 def _is_odd(batch):
     "Are tensors of different dtypes, or bytes not what they say?"
+    if any(t is not NOTHING for ts in batch.beside.values() for t in ts): return True
+    batch = replace(batch, beside={})
     ts = [t for ts in batch.tensors() for t in ts]
     return not any(map(is_sharded, ts)) and any(t.dtype != ts[0].dtype or t.is_neg() or t._is_zerotensor() for t in ts)
 
 def _plainly(batch):
     "`batch` in tensors of one dtype, of 32 bits at least, whose bytes are their elements: copies where they are not"
-    dtype = torch.float64 if any(t.dtype == torch.float64 for ts in batch.tensors() for t in ts) else torch.float32
-    return batch.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in batch.tensors()))
+    full = batch.with_tensors(*([batch.read(n, i) for i in range(len(batch))] for n in ('p', 'g', *batch.slots)))
+    dtype = torch.float64 if any(t.dtype == torch.float64 for ts in full.tensors() for t in ts) else torch.float32
+    return full.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in full.tensors()))
 
 def unnoticed(
     run:Callable, # Of a `Work`
@@ -276,16 +280,17 @@ class ListWork(HostWork):
         for n,x in zip(stage.gives, torch.cat(sums, 1).tolist()): self.known[n] = np.square(x) if n in of else np.array(x)
 
     def renew(self):
-        for copies,ts in zip(self.batch.tensors(), self.original.tensors()):
-            for copy,t in zip(copies, ts):
-                if copy is not t: overwrite(copy, t)
+        original = self.original.named()
+        for n,copies in self.batch.named().items():
+            for i,(copy,t) in enumerate(zip(copies, original[n])):
+                if copy is not t: overwrite(copy, self.original.read(n, i))
 
     def write_back(self):
         if self.batch is self.original: return
         for n,ts in self.batch.named().items():
             if n == 'g': continue
-            for t,new in zip(self.original.named()[n], ts):
-                if t is not new: overwrite(t, new)
+            for i,(t,new) in enumerate(zip(self.original.named()[n], ts)):
+                if t is not new: self.original.write(n, i, new)
 
 class WrittenWork(ListWork):
     "A step function that does all stages at once"
