@@ -66,5 +66,5 @@ def main(names):
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['steps']: steps(sys.argv[2:])
-    elif sys.argv[1:] == ['too_far']: too_far()
+    elif sys.argv[1:2] == ['too_far']: too_far()
     else: main(sys.argv[1:])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .probe import OK, REASONS, UNREADABLE, Extents, Probe, extent, is_sharded, probe, recalled, remembered, sharing_memory
+from .steppers import Composition
 
 # %% auto #0
 __all__ = ['ENGINES', 'INSTALL', 'SHARDED', 'Engine', 'Work', 'kind_of', 'kernels_for', 'error_of', 'warn_once', 'compiled',
@@ -26,6 +27,12 @@ class Engine:
     "Runs stages; this is the protocol"
     name = '' # In `backend_report`
     has_kernels = False # Does it work on addresses?
+
+    def takes(self,
+        composition:Composition, # With attachments
+    ) -> bool:
+        "Can what is attached be part of its step?"
+        return self.has_kernels
 
     def prepare(self,
         batch:Batch, # Everything that steps
@@ -131,7 +138,7 @@ def look(
 ) -> Probe:
     "Where all tensors are, and which parameters a kernel can take"
     fast, tensors = compiled(), batch.tensors()
-    return fast(*tensors) if fast else recalled(last, *tensors) or remembered(probe(*tensors), *tensors)
+    return fast(*tensors, beside=len(batch.beside)) if fast else recalled(last, *tensors) or remembered(probe(*tensors, beside=len(batch.beside)), *tensors)
 
 # %% ../../nbs/optimizer.plan.ipynb #3f62c085
 @dataclass(frozen=True)
@@ -150,6 +157,12 @@ class Plan:
     odd:list # Where parts of tensors are that `seen` does not tell of
     tangled:list # Positions of parameters that share memory, and step one by one
     parts:list # `Part`s, in order
+
+    def takes(self,
+        composition:Composition, # With attachments
+    ) -> bool:
+        "Can what is attached be part of the step?"
+        return not self.tangled and all(part.engine.takes(composition) for part in self.parts)
 
     @cached_property
     def is_all_kernels(self): "Is everything stepped together, in kernels?"; return not self.tangled and all(part.engine.has_kernels for part in self.parts)
