@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib, math, os, threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -71,8 +72,8 @@ class Format:
     dtype:torch.dtype # Of the tensors
     store:types.Type # What is in memory
     compute:types.Type # What steppers compute in
-    load:callable=same # From memory
-    save:callable=same # To memory
+    load:Callable=same # From memory
+    save:Callable=same # To memory
 
     @property
     def size(self): return self.store.bitwidth//8
@@ -209,7 +210,7 @@ def _drive(fn, table, first, chunks, rows, row_ids, out):
 def driver(
     parallel:bool, # On all threads, or on one?
     dtype:np.dtype, # Of the scalars
-) -> callable:
+) -> Callable:
     "The compiled `_drive`"
     sig = types.void(i64, i64[:,::1], i64, i64[:,::1], numba.from_dtype(dtype)[:,::1], i64[::1], types.float64[:,::1])
     drive = type(_drive)(_drive.__code__, globals(), '_drive')

@@ -36,7 +36,7 @@ class NoScript:
                            "Use `fused=True` or `foreach=True` instead")
 
 def script(
-    f:callable, # Function to compile
+    f:Callable, # Function to compile
 ) -> torch.jit.ScriptFunction:
     "`torch.jit.script` without its deprecation warnings"
     with warnings.catch_warnings():
