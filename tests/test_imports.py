@@ -108,3 +108,14 @@ def test_wildcard_import(first, ours, added):
     replaced, new = map(eval, out.splitlines())
     assert replaced == REPLACED | ({'GradientClip'} if 'EMACallback' in added else set())
     assert new == added
+
+@pytest.mark.parametrize('ours', ['fastxtend.optimizer.all', 'fastxtend.optim'])
+def test_needs_no_learner(ours):
+    "`Learner` imports pandas' and scikit-learn's users; who comes without it does not wait for it, and may bring it later"
+    out = python(f'''
+        import sys, {ours}
+        assert not {{'fastai.learner', 'sklearn', 'numba', 'triton', 'timm', 'torchvision'}} & set(sys.modules)
+        from fastai.learner import Learner
+        print(Learner.create_opt.__module__, len([f for f in sys.meta_path if type(f).__module__.startswith('fastxtend')]))
+    ''')
+    assert out == 'fastxtend.callback.schedulefree 0\n'

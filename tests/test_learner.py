@@ -9,6 +9,8 @@ from fastai.callback.all import (GradientAccumulation, GradientClip, MixedPrecis
                                  SchedCos, SchedLin)
 from torch import nn
 
+from fastxtend.optimizer import cpu
+
 each_name = pytest.mark.parametrize('name', NAMES)
 each_way = pytest.mark.parametrize('way', BACKENDS)
 
@@ -269,3 +271,11 @@ def test_flags_of_learner(name, way):
         return [(n, learn.opt.state[p], p.requires_grad) for n,p in learn.model.named_parameters()]
     assert flagged(way) == flagged('native')
     assert any(s.get('do_wd') is False for _,s,_ in flagged(way)) and any(s.get('force_train') for _,s,_ in flagged(way))
+
+@each_name
+def test_a_fit_compiles_one_kernel_a_stage(name):
+    "Whatever the groups, the batches and the schedules; and one more where Lookahead's every k-th step is another"
+    cpu.compiled.cache_clear()
+    learn = learner(name, 'fused')
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, slice(1e-3, 1e-2))
+    assert cpu.compiled.cache_info().misses == len(OPTIMIZERS[name].composition().stages) + OPTIMIZERS[name].has_lookahead

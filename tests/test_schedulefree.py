@@ -10,7 +10,7 @@ from fastai.learner import load_learner
 from torch import nn
 from torch.nn import functional as F
 
-from fastxtend.optimizer.schedulefree import ScheduleFreeCallback
+from fastxtend.callback.schedulefree import ScheduleFreeCallback
 
 FREE = [n for n in NAMES if 'base_weights' in slots_of(n)]
 each_name = pytest.mark.parametrize('name', FREE)

@@ -5,10 +5,9 @@
 # %% ../../nbs/optimizer.schedulefree.ipynb #4ae839a3
 from __future__ import annotations
 
+import importlib, importlib.util, sys
 from functools import partial
 
-from fastai.callback.core import Callback
-from fastai.learner import Learner
 from fastai.torch_basics import *
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from .steppers import CORRECTION, FOLDED_EPS, STEP, average_sqr_grad, counter, f
 
 # %% auto #0
 __all__ = ['schedulefree_adam', 'schedulefree_sgd', 'along_gradient', 'along_normalised', 'schedule_free', 'check_at_gradients',
-           'ScheduleFreeAdam', 'ScheduleFreeSGD', 'averages_weights', 'ScheduleFreeCallback']
+           'ScheduleFreeAdam', 'ScheduleFreeSGD', 'averages_weights', 'when_imported']
 
 # %% ../../nbs/optimizer.schedulefree.ipynb #f02615da
 def _warm_lr(lr, warmup, step): return lr*min(step/warmup, 1.) if warmup else lr
@@ -119,18 +118,28 @@ def eval(self:FastOptimizer):
     "After training: Schedule-Free weights go to their average. Nothing happens to others"
     _go(self, True)
 
-# %% ../../nbs/optimizer.schedulefree.ipynb #35d9b79a
-class ScheduleFreeCallback(Callback):
-    "Trains where gradients are to be taken, and does all else with averaged weights"
-    order = -5 # before all that looks at weights
-    def before_train(self): self.opt.train()
-    def after_train(self): self.opt.eval()
-    def before_validate(self): self.opt.eval()
-    def after_fit(self): self.opt.eval()
+# %% ../../nbs/optimizer.schedulefree.ipynb #9d04b7e3
+class _Finder:
+    "Finds the module `name` as it would be found without this, and calls `then` after it was imported"
+    def __init__(self, name, then): self.name, self.then = name, then
 
-_create_opt = Learner.create_opt
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name: return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            self.then()
+        spec.loader.exec_module = exec_module
+        return spec
 
-@patch
-def create_opt(self:Learner):
-    _create_opt(self)
-    if averages_weights(self.opt) and not any(isinstance(cb, ScheduleFreeCallback) for cb in self.cbs): self.add_cb(ScheduleFreeCallback())
+def when_imported(
+    name:str, # Of a module
+    then:Callable, # Is called without arguments, now or after the module was imported
+):
+    "Do something as soon as a module is imported, and nothing if it never is"
+    if name in sys.modules: then()
+    else: sys.meta_path.insert(0, _Finder(name, then))
+
+when_imported('fastai.learner', partial(importlib.import_module, 'fastxtend.callback.schedulefree'))
