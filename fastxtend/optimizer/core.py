@@ -18,8 +18,9 @@ from torch import Tensor
 from .attach import same_objects, sums_only
 from .batch import RANGES, Batch, as_number, check_batch, check_hyper, check_params, check_tensors, copy_like, describe, fields_of, lay_out, no_such, shards
 from .formats import EXACT, NOTHING, ROOTS
-from .plan import Engine, Plan, Ran, look, make_plan, run
+from .plan import Engine, Plan, expected, look, make_plan, run
 from .probe import STRIDES, Probe, is_sharded, sharing_memory
+from .report import Report, bytes_of, formats, row_of, tensors_in
 from .steppers import Composition, Slot, compose, picked, switches
 from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
@@ -461,27 +462,27 @@ def step_all(self:FastOptimizer):
     if planned: self.take_step(*planned)
 
 @patch
-def backend_report(self:FastOptimizer) -> L: # `Ran` of each parameter
-    "Which parameters ran where in the last step that had any, and why"
-    plan = self._ran
-    if plan is None: return L()
+def backend_report(self:FastOptimizer) -> Report:
+    "Which parameters ran where in the last step that had any, and why, and what their state is kept in; before the first step what is to be expected"
     place = {id(p): (i,j) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)}
-    return L(Ran(*place[id(p)], describe(p), *plan.ran(i)) for i,p in enumerate(plan.params))
-
-@patch
-def _formats(self:FastOptimizer):
-    return (f" in {str(self.slot_dtype)[6:]}" if self.slot_dtype else '') + (', with lost bits of weights' if self.exact else '')
+    if self._ran is None:
+        params, when = [p for i,pg in enumerate(self.param_lists) for p in pg if i >= self.frozen_idx or p.requires_grad], 'not stepped yet, expected:'
+        ran = expected([p.to_local() if is_sharded(p) and not self.composition().sums else p for p in params], self.kernels, self.engine)
+    else: params, when, ran = self._ran.params, 'last step:', [self._ran.ran(i) for i in range(len(self._ran.params))]
+    def state(p): return tensors_in(self.state.get(p, {})) or {n: self.dtype_of(p, s) for n,s in self.own_slots.items()}
+    return Report((row_of(place[id(p)], p, state(p), *r) for p,r in zip(params, ran)), f"{self.spec.name} ({type(self).__name__}), {when}")
 
 @patch
 def __repr__(self:FastOptimizer):
-    "What it is, its size and that of its state, the hyperparameters of each group, and where its parameters were stepped"
-    params = [p for pg in self.param_lists for p in pg]
-    state = [t for p in params for t in self.state.get(p, {}).values() if isinstance(t, Tensor)]
-    ran = [r.backend for r in self.backend_report()]
-    lines = [f"{self.spec.name} ({type(self).__name__}): {len(params)} tensors of {sum(p.numel() for p in params):,} elements, "
-             f"{sum(t.numel()*t.element_size() for t in state):,} bytes of state{self._formats()}",
+    "What it is, its size and that of its state, formats, the hyperparameters of each group, and where its parameters are stepped"
+    params, report = [p for pg in self.param_lists for p in pg], self.backend_report()
+    slow = [p for pg in getattr(self, 'slow_weights', None) or [] for p in pg]
+    nbytes = bytes_of([*slow, *(t for p in params for t in tensors_in(self.state.get(p, {})).values())])
+    kinds, ran = [f"weights: {o.weights}{o.state and f'; {formats(o.state)}'}" for o in report], report.attrgot('backend')
+    lines = [f"{self.spec.name} ({type(self).__name__}): {len(params)} tensors of {sum(p.numel() for p in params):,} elements, {nbytes:,} bytes of state",
+             *dict.fromkeys(kinds),
              *(f"group {i}: {len(pg)} tensors, {', '.join(f'{k}={v}' for k,v in h.items())}" for i,(pg,h) in enumerate(zip(self.param_lists, self.hypers))),
-             'last step: ' + ', '.join(f'{ran.count(b)} in {b}' for b in dict.fromkeys(ran)) if ran else 'not stepped yet']
+             ('not stepped yet, expected: ' if self._ran is None else 'last step: ') + ', '.join(f'{ran.count(b)} in {b}' for b in dict.fromkeys(ran))]
     return '\n'.join(lines)
 
 # %% ../../nbs/optimizer.core.ipynb #b6c9d58a

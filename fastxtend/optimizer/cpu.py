@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib, math, os, threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -74,10 +75,10 @@ class Format:
     dtype:torch.dtype # Of the tensors
     store:types.Type # What is in memory
     compute:types.Type # What steppers compute in
-    load:callable=same # From memory
-    save:callable=same # To memory
-    open:callable=None # From a piece of memory to what is loaded from, if elements cannot be loaded one by one
-    close:callable=None # And back
+    load:Callable=same # From memory
+    save:Callable=same # To memory
+    open:Callable=None # From a piece of memory to what is loaded from, if elements cannot be loaded one by one
+    close:Callable=None # And back
     beside:tuple=() # Names of the tensors that `open` and `close` take as well, beside this one
 
     @property
@@ -347,7 +348,7 @@ def _drive(fn, table, first, chunks, rows, row_ids, out):
 def driver(
     parallel:bool, # On all threads, or on one?
     dtype:np.dtype, # Of the scalars
-) -> callable:
+) -> Callable:
     "The compiled `_drive`"
     sig = types.void(i64, i64[:,::1], i64, i64[:,::1], numba.from_dtype(dtype)[:,::1], i64[::1], types.float64[:,::1])
     drive = type(_drive)(_drive.__code__, globals(), '_drive')
