@@ -682,7 +682,9 @@ class LookaheadMixin:
         except Exception: # a refused step leaves nothing behind
             if first: self.slow_weights = None
             raise
-        for fast,slow in left: self.write_weights(fast, slow.lerp_(self.weights_of(fast), self.alpha))
+        for fast,slow in left:
+            new = self.weights_of(fast)
+            self.write_weights(fast, slow.lerp_(new, self.alpha) if slow.dtype == new.dtype else slow.add_(new - slow, alpha=self.alpha))
         self.count += 1
 
     def step_with(self,
