@@ -18,7 +18,7 @@ from torch import Tensor
 from .attach import same_objects, sums_only
 from .batch import RANGES, Batch, as_number, check_batch, check_hyper, check_params, check_tensors, copy_like, describe, fields_of, lay_out, no_such, shards
 from .plan import Engine, Plan, Ran, look, make_plan, run
-from .probe import STRIDES, Probe, sharing_memory
+from .probe import STRIDES, Probe, is_sharded, sharing_memory
 from .steppers import Composition, Slot, compose, picked, switches
 from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
@@ -412,7 +412,7 @@ def grad_norm(self:FastOptimizer) -> float|None: # `None` if it is not known, fo
     "Norm of all gradients of the last step before they were clipped. To read it is to wait for it"
     total, norm = self.sums.get('grad_sqr'), self.sums.get('grad_norm')
     if total is not None: return math.sqrt(float(total.sum() if isinstance(total, Tensor) else total))
-    return norm if norm is None else float(norm)
+    return norm if norm is None else float(norm.full_tensor() if is_sharded(norm) else norm)
 
 # %% ../../nbs/optimizer.core.ipynb #dd8bf3de
 _any_requires_grad = getattr(torch._C, '_any_requires_grad', lambda *ts: any(t.requires_grad for t in ts))
