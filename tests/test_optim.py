@@ -381,3 +381,40 @@ instantiate_device_type_tests(TestOptimRenewed, globals(), allow_mps=True)
     out = subprocess.run([sys.executable, 'tests/torch_test_optim.py', str(file), '-k', 'cpu'], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert f"{len(ours.__all__)} tests, {len(ours.__all__)} passed" in out.stdout
+
+@pytest.mark.parametrize('name', ours.__all__)
+def test_what_pytorch_tests(name):
+    "What PyTorch's own tests look at, in short: odd layouts, gradients of zeros, printing, names, older checkpoints, steps that are numbers, parameters on `meta`"
+    cls, zero = getattr(ours, name), dict(lr=1e-2, weight_decay=0.)
+    gen = torch.Generator().manual_seed(0)
+    wide = torch.randn(5, 4, 2, generator=gen, dtype=torch.float64)
+    odd, even = wide.clone()[..., 0].requires_grad_(), wide[..., 0].clone().contiguous().requires_grad_()
+    first, second = cls([odd], **zero), cls([even], **zero)
+    for i in range(4):
+        g = torch.randn(5, 4, generator=gen, dtype=torch.float64)
+        odd.grad, even.grad = g.clone(), g.t().contiguous().t()
+        first.step(), second.step()
+    assert_close([odd], [even])
+    assert all(len(s) for s in first.state.values()) and name in repr(first)
+
+    still = torch.ones(3, requires_grad=True)
+    still.grad = torch.zeros(3)
+    cls([still], **zero).step()
+    assert torch.equal(still, torch.ones(3))
+
+    named = cls([('weight', even.detach().clone().requires_grad_())], **zero)
+    sd = copy.deepcopy(second.state_dict())
+    for n in (*WAYS, 'maximize'): sd['param_groups'][0].pop(n) # as older versions saved it
+    for s in sd['state'].values():
+        if 'step' in s: s['step'] = s['step'].item()
+    named.load_state_dict(sd)
+    p = named.param_groups[0]['params'][0]
+    for o,q in ((second, even), (named, p)): run(o, [q], 2)
+    assert_close([p], [even], 0)
+    assert named.state_dict()['param_groups'][0]['param_names'] == ['weight']
+
+    nowhere = torch.empty(2, 3, device='meta', requires_grad=True)
+    opt = cls([nowhere], fused=True)
+    opt.step()
+    nowhere.grad = torch.empty_like(nowhere)
+    with pytest.raises(RuntimeError, match='meta'): cls([nowhere], fused=True).step()
