@@ -292,6 +292,7 @@ def engines(self:TorchStyle) -> list:
             self._engines[kind] = self.make_engine(groups)
         engine = self._engines[kind]
         engine.param_lists, engine.hypers = [g['params'] for g in groups], [self.hypers(g) for g in groups]
+        if engine.composition().carried: engine.carried = groups[0].setdefault('carried', {})
     return [self._engines[k] for k in kinds]
 
 # %% ../nbs/optim.ipynb #d2c0ffee
@@ -378,7 +379,8 @@ def state_dict(self:TorchStyle) -> dict:
     "State and groups, as those of `torch.optim`"
     sd, inner = torch.optim.Optimizer.state_dict(self), self.column.inner
     def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in s.items() if n not in inner}
-    return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items()}}
+    groups = [{**g, 'carried': {n: float(x) for n,x in g['carried'].items()}} if 'carried' in g else g for g in sd['param_groups']]
+    return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items()}, 'param_groups': groups}
 
 @patch
 def check_state(self:TorchStyle,

@@ -143,7 +143,12 @@ def states(opt, params): return [dict(opt.state[p]) for p in params]
 def snapshot(opt, params):
     "A copy of everything that a step may change, and of the gradients"
     return deepcopy(dict(params=[p.detach() for p in params], grads=[p.grad if p.grad is None else p.grad.detach() for p in params], states=states(opt, params),
-                         hypers=[dict(h) for h in opt.hypers], **lookahead(opt)))
+                         hypers=[dict(h) for h in opt.hypers], **carried(opt), **lookahead(opt)))
+
+def carried(opt):
+    "What is carried from step to step, if there is anything"
+    names = getattr(opt, 'carried', None)
+    return dict(carried={n: torch.tensor([float(x)], dtype=torch.float32) for n,x in names.items()}) if names else {}
 
 def lookahead(opt):
     "`count` and `slow_weights`, if there are any"

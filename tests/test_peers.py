@@ -118,10 +118,28 @@ def schedulefreeadam(p, g, s, t, sqr_mom, eps, **hypers):
     s['v'] = sqr_mom*s.get('v', 0*g) + (1 - sqr_mom)*g**2
     return schedulefree(p, g/((s['v']/(1 - sqr_mom**t)).sqrt() + eps), s, t, **hypers)
 
-TWINS = {f.__name__: f for f in (schedulefreesgd, schedulefreeadam, lion, nadam, stableadam, adan, adopt, ademamix, adabelief, laprop, mars)}
+def prodigy(params, grads, states, model, t, lr, mom, sqr_mom, estimate_mom, eps, wd, first_estimate, coef, growth, correct_bias, safeguard):
+    "All parameters at once, for there are sums over them, with an `lr` for each; `model` keeps what there is one of"
+    d, greatest, r = model.get('d', first_estimate), model.get('greatest', first_estimate), model.get('r', 0.)
+    fade, bias = estimate_mom or sqr_mom**.5, (1 - sqr_mom**t)**.5/(1 - mom**t) if correct_bias else 1.
+    length, size = 0., [d*x*bias for x in lr]
+    r = fade*r
+    for p,g,s,x in zip(params, grads, states, size):
+        r += d/first_estimate*x*float((g*(s.setdefault('start', p) - p)).sum())
+        s['m'] = mom*s.get('m', 0*g) + (1 - mom)*d*g
+        s['v'] = sqr_mom*s.get('v', 0*g) + (1 - sqr_mom)*(d*g)**2
+        s['s'] = fade*s.get('s', 0*g) + d/first_estimate*(d if safeguard else x)*g
+        length += float(s['s'].abs().sum())
+    measured = coef*r/length
+    greatest = max(greatest, measured)
+    model.update(d=min(greatest, growth*(max(d, measured) if d == first_estimate else d)), greatest=greatest, r=r)
+    return [(1 - x*wd)*p - x*s['m']/(s['v'].sqrt() + model['d']*eps) for p,s,x in zip(params, states, size)]
+
+TWINS = {f.__name__: f for f in (prodigy, schedulefreesgd, schedulefreeadam, lion, nadam, stableadam, adan, adopt, ademamix, adabelief, laprop, mars)}
 
 # Hyperparameters that a test of an optimizer needs, beside its defaults
 SETTINGS = dict(AdEMAMix=[dict(slow_warmup=0), dict(slow_warmup=60)], MARS=[dict(vectors=False), dict(vectors=True), dict(mom_1d=.8, sqr_mom_1d=.9, lr_1d=.5)],
+                Prodigy=[dict(first_estimate=.1), dict(first_estimate=.01, coef=2., growth=1.1, estimate_mom=.99, correct_bias=True, safeguard=True)],
                 NAdam=[{}, dict(mom_decay=.2)], StableAdam=[{}, dict(sqr_mom=.9)], ADOPT=[{}, dict(sqr_mom=.9)],
                 **{n: [{}, dict(warmup=30, step_power=.5, mom=.98)] for n in ('ScheduleFreeAdam', 'ScheduleFreeSGD')})
 NEWER = [n for n in NAMES if OPTIMIZERS[n].native is None]
@@ -151,9 +169,10 @@ def test_every_newer_optimizer_has_a_twin(): assert {n.lower() for n in NEWER} =
 def test_twin(name, wd, changing, settings):
     "The paper's formulas, one after the other"
     params, grads = start()
-    states, hypers = [{} for _ in params], {**OPTIMIZERS[name].hypers, 'wd': wd, **settings}
+    states, hypers, model = [{} for _ in params], {**OPTIMIZERS[name].hypers, 'wd': wd, **settings}, {}
     for t,gs in enumerate(grads):
-        params = [TWINS[name.lower()](p, g, s, t+1, lr=lr_at(t, changing), **hypers) for p,g,s in zip(params, gs, states)]
+        if name == 'Prodigy': params = prodigy(params, gs, states, model, t+1, lr=[lr_at(t, changing)]*len(params), **hypers)
+        else: params = [TWINS[name.lower()](p, g, s, t+1, lr=lr_at(t, changing), **hypers) for p,g,s in zip(params, gs, states)]
     assert farthest(params, ours(name, wd, changing, **settings)) < 1e-10
 
 @dataclass(frozen=True)
@@ -199,6 +218,10 @@ PEERS = [
       for o in (dict(vectors=False, lr_1d=.5, eps=1e-20), dict(vectors=True, eps=1e-20))],
 ]
 
+for o in SETTINGS['Prodigy']:
+    PEERS.append(Peer('Prodigy', 'prodigyopt.Prodigy', lambda h: adams(h, beta3=h['estimate_mom'] or None, d0=h['first_estimate'], d_coef=h['coef'], growth_rate=h['growth'],
+                      use_bias_correction=h['correct_bias'], safeguard_warmup=h['safeguard']), o))
+
 def averaging(h, **more): return dict(weight_decay=h['wd'], warmup_steps=h['warmup'], r=h['step_power'], weight_lr_power=h['lr_power'], **more)
 
 for o in ({}, dict(warmup=30, step_power=.5, mom=.98)):
@@ -224,3 +247,18 @@ def test_peer(peer, wd, changing, monkeypatch):
         set_grads(params, gs)
         opt.step()
     assert farthest(params, ours(peer.name, wd, changing, **peer.ours)) < peer.tolerance(wd, changing)
+
+@pytest.mark.parametrize('way', ways('Prodigy'))
+@pytest.mark.parametrize('safeguard', (False, True))
+def test_prodigy_with_several_lr(way, safeguard):
+    "One estimate, which the learning rate of each group multiplies; the authors' code refuses that"
+    (params, grads), lrs, hypers = start(), [1., .1, .01], dict(first_estimate=1e-3, wd=.1, safeguard=safeguard)
+    states, model, of_group = [{} for _ in params], {}, [lr for lr,ps in zip(lrs, split(list(range(len(params))), 3)) for _ in ps]
+    groups = split([p.clone() for p in params], 3)
+    opt = build('Prodigy', groups, way, lr=lrs, **hypers)
+    for t,gs in enumerate(grads):
+        params = prodigy(params, gs, states, model, t+1, lr=of_group, **{**OPTIMIZERS['Prodigy'].hypers, **hypers})
+        step_with(opt, [p for pg in groups for p in pg], gs)
+    assert farthest(params, [p for pg in groups for p in pg]) < 1e-10
+    assert abs(opt.state_dict()['carried']['estimate']/model['d'] - 1) < 1e-10
+    assert model['d'] > 2e-3 # it has grown

@@ -19,6 +19,7 @@ from .lion import *
 from .mars import *
 from .modifiers import *
 from .nadam import *
+from .prodigy import *
 from .schedulefree import *
 from .stableadam import *
 from .table import OPTIMIZERS

@@ -74,7 +74,8 @@ def modified_spec(
 ) -> OptimizerSpec:
     "The entry of an optimizer, with another list of steppers; it is in no table"
     spec = OPTIMIZERS[optimizer]
-    if 'lookahead' in modifiers and any(s.start == 'p' for s in spec.composition().slots.values()): raise ValueError(f"{optimizer} averages weights by itself, which `lookahead` would disturb")
+    composition = spec.composition()
+    if 'lookahead' in modifiers and any(s.start == 'p' and n in composition.step.gives for n,s in composition.slots.items()): raise ValueError(f"{optimizer} averages weights by itself, which `lookahead` would disturb")
     def body(**arguments):
         steppers = spec.body(**arguments)
         for name in modifiers: steppers = MODIFIERS[name](steppers)

@@ -13,10 +13,10 @@ from functools import cached_property, lru_cache, partial
 import torch
 
 # %% auto #0
-__all__ = ['sqrt', 'exp', 'log', 'sign', 'abs', 'minimum', 'maximum', 'MATH', 'slot', 'counter', 'folded', 'summed', 'STEP',
-           'CORRECTION', 'FOLDED_EPS', 'where', 'Slot', 'Counter', 'Folded', 'Summed', 'Declaration', 'stepper',
-           'weight_decay', 'l2_reg', 'decay', 'add_momentum', 'average_grad', 'average_sqr_grad', 'apply', 'Switch',
-           'when', 'switches', 'picked', 'CompositionError', 'unwrapped', 'args_of', 'Fold', 'Line', 'Stage',
+__all__ = ['sqrt', 'exp', 'log', 'sign', 'abs', 'minimum', 'maximum', 'MATH', 'slot', 'counter', 'folded', 'summed', 'carried',
+           'STEP', 'CORRECTION', 'FOLDED_EPS', 'where', 'Slot', 'Counter', 'Folded', 'Summed', 'Carried', 'Declaration',
+           'stepper', 'weight_decay', 'l2_reg', 'decay', 'add_momentum', 'average_grad', 'average_sqr_grad', 'apply',
+           'Switch', 'when', 'switches', 'picked', 'CompositionError', 'unwrapped', 'args_of', 'Fold', 'Line', 'Stage',
            'Composition', 'call_names', 'compose', 'called_by', 'compile_function', 'compile_stage', 'with_numbers',
            'with_numbers_in']
 
@@ -78,7 +78,13 @@ class Summed:
     of:str # What is added up: an expression of what a stepper could take
     over:str='tensor' # Over each `tensor`, or over all of the `model`
 
-slot, counter, folded, summed = Slot, Counter, Folded, Summed # as they are written in declarations
+@dataclass(frozen=True)
+class Carried:
+    "A scalar of the whole model: what another one was when the last step ended"
+    of:str # Name of the other one, which is folded from sums over the model
+    start:float|str=0. # Its value before the first step, or the name of the option that says it
+
+slot, counter, folded, summed, carried = Slot, Counter, Folded, Summed, Carried # as they are written in declarations
 
 # %% ../../nbs/optimizer.steppers.ipynb #64e268df
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Declaration:
 def stepper(
     gives:str, # Names of what it gives back, in order, with spaces between: `p`, `g`, slots, or intermediates
     role:str=None, # `decay`, `update` or `apply`, for those who look for a place in a list of steppers; `clear` if gradients are zeroed where they are
-    **names, # What the names it brings are: `slot()`, `counter()`, `folded()` or `summed()`
+    **names, # What the names it brings are: `slot()`, `counter()`, `folded()`, `summed()` or `carried()`
 ) -> Callable:
     "Decorates a function of numbers: a part of an optimizer"
     def decorate(f):
@@ -233,7 +239,7 @@ class _Use:
     f:Callable # The stepper
     takes:tuple # For each argument the name of what goes in, or an option
     gives:tuple # Names of what it gives back
-    names:dict # The names it brings: `Slot`, `Summed` or `Fold`
+    names:dict # The names it brings: `Slot`, `Summed`, `Carried` or `Fold`
 
 def _function(o): return o.f if isinstance(o, Folded) else o.next
 
@@ -262,6 +268,7 @@ def _use(s):
     def name(n): return names.get(n, n)
     def declared(n, o):
         if isinstance(o, Summed): return Summed(_renamed(o.of, {k: v for k,v in names.items() if isinstance(v, str)}), o.over)
+        if isinstance(o, Carried): return Carried(name(o.of), name(o.start))
         if n not in folds: return o
         return Fold(name(n), _function(o), tuple(map(name, args_of(_function(o)))), getattr(o, 'keep', False), getattr(o, 'start', None))
     defaults = {n for n,p in inspect.signature(s).parameters.items() if p.default is not p.empty}
@@ -290,7 +297,7 @@ class Stage:
     tensors:tuple # Names of the tensors it reads: `p`, `g`, slots
     scalars:tuple # Names of the scalars it takes
     gives:tuple # Names of what it gives back: tensors, or what is to be summed
-    late:tuple # `Fold`s from sums of earlier stages that it needs, in order
+    late:tuple # `Fold`s from sums of earlier stages, or from what is carried, that it needs, in order
     sums:dict # If it only adds up: name to `Summed`
     clears:bool=False # Does it leave zeros where the gradients are?
 
@@ -309,8 +316,9 @@ class Composition:
     name:str # Of the optimizer
     on:tuple # Names of the switches that are on
     slots:dict # Name to `Slot`
-    early:tuple # `Fold`s: counters and folded scalars that need no sums, in the order in which they can be computed
+    early:tuple # `Fold`s: counters and folded scalars that need no sums and nothing carried, in the order in which they can be computed
     sums:dict # Name to `Summed`
+    carried:dict # Name to `Carried`
     stages:tuple # `Stage`s, of which all but the last only add up
     row:tuple # Names of the scalars that stages and late folds need from the host
     fold:Callable # Adds all early scalars to a dict of hyperparameters, options and the last counters
@@ -325,10 +333,16 @@ class Composition:
     def hypers(self):
         "Names of the scalars that do not come from steppers: hyperparameters and options"
         known = {f.name for f in self.early}
-        return tuple(dict.fromkeys(n for n in (*(i for f in self.early for i in f.inputs), *self.row) if n not in known))
+        return tuple(dict.fromkeys(n for n in (*(i for f in self.early for i in f.inputs), *self.row, *(c.start for c in self.carried.values() if isinstance(c.start, str))) if n not in known))
 
     @cached_property
     def late_inputs(self): "Names of the scalars of the row that late folds take"; return tuple({n for s in self.stages for f in s.late for n in f.inputs if n in self.row})
+
+    @cached_property
+    def common(self):
+        "Names of hyperparameters, options and counters that have to be the same for all parameters: what is carried follows from them"
+        folds = {f.name: f for f in (*self.early, *self.step.late)}
+        return tuple(n for n in _reached(folds, [c.of for c in self.carried.values()]) if n in self.hypers or n in self.counters)
 
     @cached_property
     def kept(self): "Names of the scalars that are left in the state"; return tuple(f.name for f in self.step.late if f.keep)
@@ -364,6 +378,12 @@ def _ordered(folds, what):
         for n in ready: done.append(n); todo.pop(n)
     return done
 
+def _reached(folds, names):
+    "`names`, and all that they are computed from"
+    names = list(names)
+    for n in names: names += [i for i in (folds[n].inputs if n in folds else ()) if i not in names]
+    return names
+
 def _needed(lines, gives):
     "The lines that `gives` depend on, and the names that are to be there before"
     kept, live = [], set(gives)
@@ -386,7 +406,7 @@ def _lines(uses, names, given, what):
     "The lines of the joined function, and the level of each name: how many stages come before it is known"
     slots = [n for n,o in names.items() if isinstance(o, Slot)]
     folds = {n: o for n,o in names.items() if isinstance(o, Fold)}
-    level, lines = {**dict.fromkeys(('p', 'g', *slots), 0)}, []
+    level, lines = dict.fromkeys(('p', 'g', *slots, *(n for n,o in names.items() if isinstance(o, Carried))), 0), []
     taken = {*MATH, *names, *(n for u in uses for n in (*u.gives, *dict(u.takes).values())), *(n for f in folds.values() for n in f.takes), what.lower()}
     called = call_names([u.f for u in uses], taken)
     def scalar_level(n, f):
@@ -406,7 +426,7 @@ def _lines(uses, names, given, what):
         takes = tuple(n for _,n in u.takes if isinstance(n, str))
         deep = max([0, *(scalar_level(n, u.f.__name__) for n in takes)])
         for n in u.gives:
-            if n in folds or isinstance(names.get(n), Summed) or given is not None and n in given: raise CompositionError(f"{what}: `{u.f.__name__}` gives '{n}', which is a scalar")
+            if n in folds or isinstance(names.get(n), (Summed, Carried)) or given is not None and n in given: raise CompositionError(f"{what}: `{u.f.__name__}` gives '{n}', which is a scalar")
             level[n] = deep
         args = ', '.join(n if isinstance(n, str) else f'{a}={n!r}' for a,n in u.takes)
         lines.append(Line(u.gives, takes, f'{called[u.f]}({args})', u.f))
@@ -442,15 +462,24 @@ def _compose(uses, given, name, on):
         for i in o.inputs:
             if i not in folds and i not in level and given is not None and i not in given:
                 raise CompositionError(f"{name}: '{n}' is folded from '{i}', which is no argument, and no stepper gives it")
-    slots, sums = ({n: o for n,o in names.items() if isinstance(o, kind)} for kind in (Slot, Summed))
-    order = _ordered(folds, name)
-    late = {n: folds[n] for n in order if level.get(n, 0) > 0}
-    stages = tuple(_stage(name, lines, level, slots, sums, late, at, clears) for at in range(1 + max([0, *(level[n] for n in sums)])))
+    slots, sums, carried = ({n: o for n,o in names.items() if isinstance(o, kind)} for kind in (Slot, Summed, Carried))
+    order, late = _ordered(folds, name), {}
+    for n in order:
+        if any(i in sums or i in carried or i in late for i in folds[n].inputs): late[n] = folds[n]
+    _check_carried(carried, late, sums, name)
+    stages = tuple(_stage(name, lines, level, slots, sums, carried, late, at, clears) for at in range(1 + max([0, *(level[n] for n in sums)])))
     needed = {i for s in stages for i in (*s.scalars, *(i for f in s.late for i in f.inputs))}
     early = tuple(folds[n] for n in order if n not in late)
-    return Composition(name, on, slots, early, sums, stages, tuple(sorted(n for n in needed if n not in late and n not in sums)), _fold_function(name, early))
+    row = tuple(sorted(n for n in needed if n not in late and n not in sums and n not in carried))
+    return Composition(name, on, slots, early, sums, carried, stages, row, _fold_function(name, early))
 
-def _stage(name, lines, level, slots, sums, late, at, clears):
+def _check_carried(carried, late, sums, what):
+    "`CompositionError` if what is carried is not the same for the whole model, or does not follow from sums"
+    for n,c in carried.items():
+        found = [sums[i].over for i in _reached(late, [c.of]) if i in sums]
+        if c.of not in late or set(found) != {'model'}: raise CompositionError(f"{what}: '{n}' is carried from step to step for the whole model, so '{c.of}' has to be folded from sums over the model")
+
+def _stage(name, lines, level, slots, sums, carried, late, at, clears):
     "The stage that is run after `at` others"
     own = {n: o for n,o in sums.items() if level[n] == at+1}
     written = {n for l in lines if l.f for n in l.gives}
@@ -458,8 +487,7 @@ def _stage(name, lines, level, slots, sums, late, at, clears):
     lines, needs = _needed(lines, gives)
     tensors = tuple(n for n in ('p', 'g', *slots) if n in needs or (not own and n in ('p', 'g')))
     scalars = tuple(sorted(needs - set(tensors)))
-    used = list(scalars) + ([n for n,f in late.items() if f.keep] if not own else [])
-    for n in used: used += [i for i in late[n].inputs if n in late and i not in used] if n in late else []
+    used = _reached(late, list(scalars) + ([*(n for n,f in late.items() if f.keep), *(c.of for c in carried.values())] if not own else []))
     return Stage(f'{name.lower()}_sums_{at+1}' if own else name.lower(), lines, tensors, scalars, gives, tuple(f for n,f in late.items() if n in used), own, clears and not own)
 
 # %% ../../nbs/optimizer.steppers.ipynb #1c23f889
