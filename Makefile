@@ -11,7 +11,7 @@ ready := $(VENV)/.ready
 docs_ready := $(VENV)/.docs_ready
 PORT ?= 4000
 
-.PHONY: help demo test setup sync lint nbtest pytest coverage readme export outputs docs docs-serve docs-check docs-test dist-test oldest soak clean gpu-wheels
+.PHONY: help demo test setup sync lint types nbtest pytest coverage readme export outputs docs docs-serve docs-check docs-test dist-test oldest soak clean gpu-wheels
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,9 +19,10 @@ help: ## This list
 demo: setup ## Train on handwritten digits with all backends (or DATA=folder of images), and compare
 	$(bin)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
 
-test: setup ## All checks: sync, lint, nbtest, pytest
+test: setup ## All checks: sync, lint, types, nbtest, pytest
 	@$(MAKE) --no-print-directory sync
 	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
 	@$(MAKE) --no-print-directory nbtest
 	@$(MAKE) --no-print-directory pytest
 
@@ -34,11 +35,14 @@ $(ready): settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 	$(bin)/python -m pip install --quiet -e ".[$(EXTRAS)]" -c $(CONSTRAINTS)
 	@touch $@
 
-sync: setup ## Do modules, README.md and CHANGELOG.md agree with the notebooks?
+sync: setup ## Do modules, stubs, README.md and CHANGELOG.md agree with the notebooks?
 	@PATH="$(abspath $(bin)):$$PATH" bash .ci/sync
 
 lint: setup ## Mistakes that ruff finds; it leaves the style alone
 	$(bin)/ruff check fastxtend tests examples .ci setup.py
+
+types: setup ## Do typical uses pass a type checker (pyright), and are mistakes found?
+	@$(bin)/basedpyright --pythonpath $(bin)/python
 
 nbtest: setup ## Run the notebooks, each in a process of its own
 	@printf '%s\n' nbs/*.ipynb | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/nbdev-test {} --n-workers 0 --do-print
@@ -57,9 +61,10 @@ coverage: setup ## Which lines of fastxtend neither a test nor a notebook runs: 
 readme: setup ## README.md and CHANGELOG.md from nbs/index.ipynb and nbs/changelog.ipynb
 	$(bin)/python .ci/readme.py
 
-export: setup ## Modules, README.md and CHANGELOG.md from the notebooks
+export: setup ## Modules, stubs, README.md and CHANGELOG.md from the notebooks
 	$(bin)/nbdev-export
 	$(bin)/python .ci/readme.py
+	$(bin)/python .ci/stubs.py
 
 outputs: setup ## Run the pages that keep their plots and tables in the repository; PAGES="optimizers" chooses
 	$(bin)/python .ci/outputs.py $(PAGES)
@@ -93,9 +98,10 @@ gpu-wheels: setup ## What examples/gpu_check.py needs on a machine with a GPU an
 oldest: ## Run the tests with the oldest versions that settings.ini allows (PYTHON=python3.10)
 	@$(MAKE) --no-print-directory pytest VENV=.venv-oldest CONSTRAINTS=.ci/oldest.txt EXTRAS=fused,test
 
-soak: setup ## The long runs: 20,000 sequences of the adversary, 50,000 random cases, 100,000 steps of each backend, 60 kills
+soak: setup ## The long runs: 20,000 sequences of the adversary, 50,000 random cases, 100,000 steps of each backend, 60 kills, everything around the step at once
 	ADVERSARY_SEQUENCES=20000 PROPERTY_EXAMPLES=50000 FASTXTEND_SOAK_STEPS=12500 FASTXTEND_KILLS=20 OMP_WAIT_POLICY=passive \
 		$(bin)/python -m pytest -n $(JOBS) -s tests/test_adversary.py tests/test_property.py tests/test_soak.py tests/test_resume.py $(ARGS)
+	SOAK=1 OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) tests/test_onepass.py -k all_at_once
 
 clean: ## Remove what was built, but not the environment
 	rm -rf build dist wheels *.egg-info demo_out bench_out _docs _proc htmlcov .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache

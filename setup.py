@@ -37,7 +37,7 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     entry_points={'nbdev': ['fastxtend=fastxtend._modidx:d'], 'console_scripts': cfg['console_scripts'].split()},
-    package_data={'fastxtend': ['py.typed']},
+    package_data={'': ['*.pyi'], 'fastxtend': ['py.typed']},
     project_urls=urls,
     zip_safe=False,
 )

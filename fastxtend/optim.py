@@ -14,21 +14,21 @@ import torch
 from fastcore.basics import patch
 
 from .optimizer.all import OPTIMIZERS
-from .optimizer.batch import as_number, check_params
+from .optimizer.attach import Attachment, scale_gradients
+from .optimizer.batch import as_number, check_params, describe
 from .optimizer.core import check_k
-from .optimizer.declare import StepperOptimizer
-from .optimizer.foreach import ForEachOptimizer
+from .optimizer.declare import BACKENDS, FLAGS, backend_of, build
 from .optimizer.fused import RADAM_SCALARS, adam_step, momentum_step, sgd_step
-from .optimizer.kernels import FusedOptimizer, check_numba
+from .optimizer.kernels import check_numba
 from .optimizer.nadam import nadam_step
 from .optimizer.steppers import (STEP, Switch, add_momentum, apply, args_of, average_grad, average_sqr_grad, decay, folded, l2_reg, maximum,
                                           slot, sqrt, stepper, unwrapped, where)
 from .optimizer.table import OptimizerSpec
 
 # %% auto #0
-__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'STRUCTURE', 'add_dampened', 'look_ahead', 'ascend',
-           'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column', 'column_of', 'renamed',
-           'TorchStyle', 'torch_class']
+__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'STRUCTURE', 'OWN', 'WAYS', 'add_dampened', 'look_ahead',
+           'ascend', 'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column', 'column_of',
+           'renamed', 'TorchStyle', 'torch_class']
 
 # %% ../nbs/optim.ipynb #c7de87d0
 def _share(dampening, step): return 1. - dampening if step > 1 else 1.
@@ -90,6 +90,7 @@ class Column:
     defaults:dict=field(default_factory=dict) # Arguments and their defaults, if there is none
     constants:dict=field(default_factory=dict) # Hyperparameters that are no arguments
     check:Callable=None # As of `OptimizerSpec`
+    inner:tuple=() # Names of counters that PyTorch does without, and does not save
 
 BETAS = {'mom': ('betas', 0), 'sqr_mom': ('betas', 1)}
 COMMON = {'lr': ('lr', None), 'wd': ('weight_decay', None)}
@@ -115,7 +116,7 @@ def _radam(o): return _averaged(o, rectified_step)
 
 _t = torch.optim
 COLUMNS = dict(
-    SGD=Column({**COMMON, 'mom': ('momentum', None), 'dampening': ('dampening', None)}, _sgd, dict(grad_avg='momentum_buffer'), _t.SGD),
+    SGD=Column({**COMMON, 'mom': ('momentum', None), 'dampening': ('dampening', None)}, _sgd, dict(grad_avg='momentum_buffer'), _t.SGD, inner=('step',)),
     RMSprop=Column({**COMMON, **EPS, 'mom': ('momentum', None), 'sqr_mom': ('alpha', None)}, _rmsprop, dict(sqr_avg='square_avg'), _t.RMSprop),
     Adam=Column({**COMMON, **EPS, **BETAS}, _adam, AVERAGES, _t.Adam), AdamW=Column({**COMMON, **EPS, **BETAS}, _adam, AVERAGES, _t.AdamW),
     NAdam=Column({**COMMON, **EPS, **BETAS, 'mom_decay': ('momentum_decay', None)}, _nadam, AVERAGES, _t.NAdam),
@@ -142,11 +143,11 @@ def column_of(
         names.update({n: ('betas', i) for i,n in enumerate(betas)})
         first = dict(betas=tuple(own.pop(n) for n in betas))
     else:
-        names['mom'] = 'momentum', None
-        first = dict(momentum=own.pop('mom'))
+        names.update({n: ('momentum', None) for n in betas})
+        first = {'momentum': own.pop(n) for n in betas}
     wd = own.pop('wd')
     names.update({n: (n, None) for n in own})
-    defaults = dict(lr=spec.lr or 1e-3, **first, **own, weight_decay=wd, decoupled_weight_decay=True, maximize=False, foreach=None, fused=None)
+    defaults = dict(lr=spec.lr or 1e-3, **first, **own, weight_decay=wd, decoupled_weight_decay=True, maximize=False)
     return Column(names, _steppers_of(spec), AVERAGES, None, defaults, {n: spec.hypers[n] for n in spec.hidden}, spec.check)
 
 # %% ../nbs/optim.ipynb #f2c16d25
@@ -165,36 +166,45 @@ def renamed(
 # %% ../nbs/optim.ipynb #dba83f73
 REFUSED = 'differentiable', 'capturable' # Options of `torch.optim` that have to be off
 STRUCTURE = 'momentum', 'dampening' # Numbers for which it matters whether they are zero
+OWN = tuple(n for n in FLAGS if n not in BACKENDS) # How tensors are kept, which `torch.optim` leaves no choice of
+WAYS = 'foreach', 'fused', *OWN
 
 def _check(o):
-    "`ValueError` if the options of an optimizer that `torch.optim` lacks make no sense"
-    for n in ('lr', 'eps', 'weight_decay'):
-        if n in o and not 0. <= o[n]: raise ValueError(f"Invalid {n}: {o[n]}")
-    for b in o.get('betas', (o.get('momentum', 0.),)):
-        if not 0. <= b <= 1.: raise ValueError(f"Invalid {'betas' if 'betas' in o else 'momentum'}: {b} is not between 0 and 1")
+    "`ValueError`, in PyTorch's words, if the options of an optimizer that `torch.optim` lacks make no sense"
+    if isinstance(o['lr'], torch.Tensor) and o['lr'].numel() != 1: raise ValueError("Tensor lr must be 1-element")
+    for n,what in dict(lr='learning rate', eps='epsilon value', weight_decay='weight_decay value', momentum='momentum value').items():
+        if n in o and not 0. <= o[n]: raise ValueError(f"Invalid {what}: {o[n]}")
+    for i,b in enumerate(o.get('betas', ())):
+        if not 0. <= b < 1.: raise ValueError(f"Invalid beta parameter at index {i}: {b}")
     check_k(o.get('k', 1))
 
 class TorchStyle(torch.optim.Optimizer):
     "An optimizer of this library as a `torch.optim.Optimizer`"
-    column = None # Its `Column`
+    column, structure = None, () # Its `Column`, and names of the options that decide what a step consists of
+    _step_supports_amp_scaling = True # `GradScaler` leaves it to `step` to divide by `grad_scale`, and to do nothing after `found_inf`
 
     def __init__(self, params, *args, **kwargs):
         options = dict(self.__signature__.bind(params, *args, **kwargs).arguments)
         params = options.pop('params')
         if 'betas' in options: options['betas'] = tuple(options['betas'])
-        self._engines = {}
+        self._numbers = {}
         super().__init__(params, self.defaults_with(**options))
+
+    @property
+    def state(self): "State of each parameter, as in `torch.optim`"; return self.show_state()
+    @state.setter
+    def state(self, state): self.__dict__['state'], self._shown, self._engines = state, True, {}
 
     @classmethod
     def defaults_with(cls,
         **options, # Arguments that are given
     ) -> dict:
         "All options; `ValueError` if one makes no sense"
-        flags = {n: options.pop(n, None) for n in ('foreach', 'fused')}
+        ways = {n: options.pop(n, None) for n in WAYS}
         like = cls.column.like
         res = like([torch.zeros(1)], **options).defaults if like else {**cls.column.defaults, **options}
         if like is None: _check(res)
-        return {**res, **flags}
+        return {**res, **ways}
 
     def add_param_group(self, param_group):
         "Add a group; `TypeError`, `ValueError` or `NotImplementedError`, and nothing is added, if it cannot be stepped"
@@ -214,35 +224,51 @@ class TorchStyle(torch.optim.Optimizer):
         if any(p.layout is not torch.strided for p in group['params']): raise RuntimeError(f"{type(self).__name__} does not support sparse parameters")
         if group['params']: check_params([group['params']])
         if group.get('fused'): check_numba(group['params'])
+        backend_of({**{n: group.get(n) for n in OWN}, self.backend(group, group['params']): True})
 
 # %% ../nbs/optim.ipynb #790f94ae
 @patch
-def kind(self:TorchStyle, group): return tuple(bool(group[n]) for n,v in self.defaults.items() if isinstance(v, bool) or n in STRUCTURE), group.get('foreach'), group.get('fused')
+def backend(self:TorchStyle,
+    group:dict, # A group of parameters
+    params:list, # Parameters of all groups like it
+) -> str|None: # As in `build`
+    "What steps it: kernels, unless another way is asked for, or they are not and cannot be had"
+    foreach, fused = group.get('foreach'), group.get('fused')
+    if fused: return 'fused'
+    if foreach is False: return None
+    if foreach or fused is False: return 'foreach'
+    try: check_numba(params)
+    except ImportError: return 'foreach'
+    return 'fused'
+
+@patch
+def kind(self:TorchStyle, group): return tuple([group.get(n) if n in WAYS else bool(group.get(n)) for n in self.structure])
+
+@patch
+def spec(self:TorchStyle,
+    group:dict, # A group of parameters
+) -> OptimizerSpec:
+    "What a step of it consists of"
+    column, hypers = self.column, self.hypers(group)
+    steppers = [renamed(s, column.slots) for s in (*([ascend] if group.get('maximize') else []), *column.steppers(group))]
+    return OptimizerSpec(type(self).__name__, lambda **_: steppers, {n: v for n,v in hypers.items() if n != 'lr'}, {}, check=column.check)
 
 @patch
 def make_engine(self:TorchStyle,
     groups:list, # Of one kind
 ):
-    "An optimizer for groups of one kind"
-    column, o, lists = self.column, groups[0], [g['params'] for g in groups]
-    steppers = [renamed(s, column.slots) for s in (*([ascend] if o.get('maximize') else []), *column.steppers(o))]
-    hypers = self.hypers(o)
-    spec = OptimizerSpec(type(self).__name__, lambda **_: steppers, {n: v for n,v in hypers.items() if n != 'lr'}, {}, check=column.check)
-    make = partial(ForEachOptimizer, spec=spec)
-    if o.get('foreach') is False and not o.get('fused'): make = partial(StepperOptimizer, spec=spec)
-    elif o.get('fused') or (o.get('fused') is None and not o.get('foreach')):
-        try:
-            check_numba([p for ps in lists for p in ps])
-            make = partial(FusedOptimizer, spec=spec)
-        except ImportError:
-            if o.get('fused'): raise
-    engine = make([list(ps) for ps in lists], **hypers)
-    engine.state = self.state
-    counters = engine.composition().counters
-    if 'step' in counters and column.slots.get('grad_avg') == 'momentum_buffer': # dampened from now on, and not at first
-        for ps in lists:
-            for p in ps:
-                if 'momentum_buffer' in self.state.get(p, {}): self.state[p].setdefault('step', 1)
+    "An optimizer for groups of one kind, which goes on with their state"
+    column, group, lists = self.column, groups[0], [list(g['params']) for g in groups]
+    params = [p for ps in lists for p in ps]
+    if group.get('fused') and any(p.is_meta and p.grad is not None for p in params): raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of a device with memory, and some are on `meta`")
+    engine = build(self.spec(group), lists, decouple_wd=True, backend=self.backend(group, params), **{n: group.get(n) for n in OWN}, **self.hypers(group))
+    state, numbers = self.__dict__['state'], _numbers(engine.composition())
+    self._numbers.update(numbers)
+    for s,p in [(state[p], p) for p in params if state.get(p)]:
+        for n in numbers:
+            if n in column.inner: s.setdefault(n, 1) # not the first step
+        if engine.slot_dtype is not None: s.update({n: engine._loaded_item(p, n, v) for n,v in s.items()})
+    if engine.own_slots or numbers: engine.state = state # else nothing is kept
     return engine
 
 @patch
@@ -255,6 +281,7 @@ def hypers(self:TorchStyle,
 @patch
 def engines(self:TorchStyle) -> list:
     "The optimizers that do the work, with all that is in `param_groups` now"
+    self.hide_state()
     kinds = {}
     for g in self.param_groups:
         if g['params']: kinds.setdefault(self.kind(g), []).append(g)
@@ -264,46 +291,128 @@ def engines(self:TorchStyle) -> list:
             for g in groups: self.check_group(g)
             self._engines[kind] = self.make_engine(groups)
         engine = self._engines[kind]
-        engine.state, engine.param_lists, engine.hypers = self.state, [g['params'] for g in groups], [self.hypers(g) for g in groups]
+        engine.param_lists, engine.hypers = [g['params'] for g in groups], [self.hypers(g) for g in groups]
         if engine.composition().carried: engine.carried = groups[0].setdefault('carried', {})
     return [self._engines[k] for k in kinds]
+
+# %% ../nbs/optim.ipynb #d2c0ffee
+@patch
+def scaling(self:TorchStyle) -> float|None: # What gradients are to be multiplied by; `None` if nothing may be stepped
+    "What `GradScaler` left in `grad_scale` and `found_inf`"
+    told = [torch.as_tensor(x).reshape(()).float() for x in (getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)) if x is not None]
+    if not told: return 1.
+    scale, found = getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)
+    told = torch.stack([t.to(told[0].device) for t in told]).tolist()
+    if found is not None and told[-1]: return None
+    return 1. if scale is None else 1/told[0]
+
+def _unscaled(engine, scale):
+    "Gradients are to be multiplied by `scale` in the next step"
+    def apart(): torch._foreach_mul_([p.grad for pg in engine.param_lists for p in pg if p.grad is not None], scale)
+    engine.attached['unscale'] = Attachment((scale_gradients,), scalars=dict(grad_scale=scale), apart=apart)
+
+@patch
+def check_together(self:TorchStyle,
+    engines:list, # Optimizers of different kinds
+):
+    "Raise whatever one of them would raise in a step. Nothing is changed"
+    for engine in engines:
+        planned = engine.ready()
+        if planned:
+            for part in planned[0].parts: part.engine.begin(part, *planned[1:])
 
 @patch
 def step(self:TorchStyle,
     closure:Callable=None, # Computes the loss again, and gradients
 ):
     "Step everything that has a gradient; the loss, if there is a `closure`"
+    if torch.compiler.is_compiling(): return _uncompiled(self, closure)
     loss = None
     if closure is not None:
         with torch.enable_grad(): loss = closure()
-    for engine in self.engines(): engine.step()
+    scale = self.scaling()
+    if scale is None: return loss
+    engines = self.engines()
+    if scale != 1.:
+        for engine in engines: _unscaled(engine, scale)
+    if len(engines) > 1:
+        with torch.no_grad(): self.check_together(engines)
+    for engine in engines: engine.step()
     return loss
 
+@torch._disable_dynamo
+def _uncompiled(opt, closure):
+    "The step in a function that `torch.compile` takes: there is nothing in it for a compiler"
+    return opt.step(closure)
+
 # %% ../nbs/optim.ipynb #74572343
+def _numbers(composition):
+    "What is a number in the state of a parameter, and of which type"
+    return {**{n: type(v) for n,v in composition.counters.items()}, **{n: float for n in composition.kept}}
+
+def _state_dicts(state): return [s for s in state.values() if isinstance(s, dict)]
+
+def _scalar(x):
+    "As PyTorch keeps it: a step in float32, unless the default is float64"
+    return torch.tensor(x, dtype=torch.float64 if isinstance(x, float) or torch.get_default_dtype() is torch.float64 else torch.float32)
+
+@patch
+def show_state(self:TorchStyle) -> dict:
+    "State of each parameter, as in `torch.optim`"
+    state, self._shown = self.__dict__['state'], True
+    for s in _state_dicts(state):
+        for n in self._numbers:
+            if n in s and not torch.is_tensor(s[n]): s[n] = _scalar(self._numbers[n](s[n]))
+    return state
+
+@patch
+def hide_state(self:TorchStyle):
+    "The other way round, if somebody has asked"
+    if not self._shown: return
+    self._shown = False
+    for s in _state_dicts(self.__dict__['state']):
+        for n,kind in self._numbers.items():
+            if torch.is_tensor(s.get(n)): s[n] = kind(s[n])
+
 @patch
 def state_dict(self:TorchStyle) -> dict:
     "State and groups, as those of `torch.optim`"
-    sd, keep = torch.optim.Optimizer.state_dict(self), self.column.slots.get('grad_avg') != 'momentum_buffer'
-    def saved(s):
-        s = dict(s)
-        if 'step' in s:
-            step = s.pop('step')
-            if keep: s = {'step': torch.tensor(float(step)), **s}
-        return s
+    sd, inner = torch.optim.Optimizer.state_dict(self), self.column.inner
+    def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in s.items() if n not in inner}
     groups = [{**g, 'carried': {n: float(x) for n,x in g['carried'].items()}} if 'carried' in g else g for g in sd['param_groups']]
-    return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items() if s}, 'param_groups': groups}
+    return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items()}, 'param_groups': groups}
+
+@patch
+def check_state(self:TorchStyle,
+    state:dict, # State of each parameter
+    groups:list, # Groups of parameters
+):
+    "`ValueError` if it is not the state of this optimizer, or of other parameters"
+    for group in groups:
+        self.check_group(group)
+        spec = self.spec(group)
+        slots, numbers, name = spec.slots(), _numbers(spec.composition()), type(self).__name__
+        keeps = {*slots, *numbers}
+        for p in group['params']:
+            s = state.get(p)
+            if not s: continue
+            for n in sorted(set(s) - keeps): raise ValueError(f"The saved state is of another optimizer: it has '{n}', which {name}, with the options of its group, does not keep")
+            for n in sorted(keeps - set(s) - set(self.column.inner)): raise ValueError(f"The saved state is of another optimizer: it has no '{n}', which {name} keeps")
+            for n in slots:
+                if torch.is_tensor(s[n]) and s[n].shape != p.shape: raise ValueError(f"The saved '{n}' of a parameter of {describe(p)} is {describe(s[n])}: is it the state of another model?")
 
 @patch
 def __setstate__(self:TorchStyle, state):
+    for g in state['param_groups']:
+        for n,v in state.get('defaults', self.__dict__.get('defaults', {})).items(): g.setdefault(n, v)
+    for s in _state_dicts(state['state']):
+        for n in [n for n,v in s.items() if v is None]: del s[n]
+    if 'defaults' not in state: self.check_state(state['state'], state['param_groups']) # `load_state_dict` calls
     torch.optim.Optimizer.__setstate__(self, state)
-    self._engines = {}
-    for g in self.param_groups:
-        for n,v in self.defaults.items(): g.setdefault(n, v)
-    for s in self.state.values():
-        for n,v in list(s.items()):
-            if v is None: del s[n]
-            elif n in ('step', 'mu_product') and torch.is_tensor(v): s[n] = int(v) if n == 'step' else float(v)
+    self._engines, self._numbers, self._shown = {}, {}, True
+    for g in self.param_groups: self._numbers.update(_numbers(self.spec(g).composition()))
 
+# %% ../nbs/optim.ipynb #d4c0ffee
 @patch
 def train(self:TorchStyle):
     "Before training: Schedule-Free weights go where gradients are taken"
@@ -322,10 +431,10 @@ def torch_class(
 ) -> type:
     "A class like those of `torch.optim`"
     P = inspect.Parameter
-    if column.like: sig = inspect.signature(column.like)
-    else: sig = inspect.Signature([P('params', P.POSITIONAL_OR_KEYWORD), *(P(n, P.POSITIONAL_OR_KEYWORD if i < 2 else P.KEYWORD_ONLY, default=d) for i,(n,d) in enumerate(column.defaults.items()))])
-    if 'fused' not in sig.parameters: sig = sig.replace(parameters=[*sig.parameters.values(), P('fused', P.KEYWORD_ONLY, default=None)])
-    return type(name, (TorchStyle,), dict(column=column, __signature__=sig, __doc__=doc, __module__=__name__))
+    params = [*inspect.signature(column.like).parameters.values()] if column.like else [P('params', P.POSITIONAL_OR_KEYWORD), *(P(n, P.POSITIONAL_OR_KEYWORD if i < 2 else P.KEYWORD_ONLY, default=d) for i,(n,d) in enumerate(column.defaults.items()))]
+    params += [P(n, P.KEYWORD_ONLY, default=None) for n in WAYS if n not in {p.name for p in params}]
+    structure = tuple(p.name for p in params if isinstance(p.default, bool) or p.name in (*STRUCTURE, *WAYS))
+    return type(name, (TorchStyle,), dict(column=column, structure=structure, __signature__=inspect.Signature(params), __doc__=doc, __module__=__name__))
 
 _classes = {n: torch_class(n, c, f"`torch.optim.{n}`, in one kernel") for n,c in COLUMNS.items()}
 _classes.update({n: torch_class(n, column_of(s), s.constructor.__doc__) for n,s in OPTIMIZERS.items() if n.lower() not in {c.lower() for c in COLUMNS}})

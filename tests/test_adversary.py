@@ -1,15 +1,16 @@
 """An adversary: fastai's own optimizer and all backends side by side, through everything that may happen between two steps. After each
 action parameters, state and counters agree, or an optimizer refused and nothing has changed.
 
-`ADVERSARY_SEQUENCES=20000 pytest tests/test_adversary.py` looks longer; `ADVERSARY_KNOWN='negated tensors,conversion'` leaves out what is known to go wrong."""
-import os, pickle, pytest
+`ADVERSARY_SEQUENCES=20000 pytest tests/test_adversary.py` looks longer, `ADVERSARY_SEED=1` at other sequences; `ADVERSARY_KNOWN='negated tensors,conversion'` leaves out what is known to go wrong."""
+import hypothesis, os, pickle
 from collections import Counter, defaultdict
 
 from common import *
 from hypothesis import HealthCheck, note, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-SEQUENCES = int(os.environ.get('ADVERSARY_SEQUENCES', 300))
+SEQUENCES = int(os.environ.get('ADVERSARY_SEQUENCES', 60))
+SEED = os.environ.get('ADVERSARY_SEED') # Other sequences than the usual ones
 ACTIONS = int(os.environ.get('ADVERSARY_ACTIONS', 25)) # in a sequence at most
 
 # Findings that are not mended yet: {'negated tensors': 'why'} leaves them out. What may be in it: see `known`
@@ -262,13 +263,15 @@ class Adversary(RuleBasedStateMachine):
         counts['step of all'] += 1
 
     def step_native(self, frozen):
-        "fastai's step, in 32 bits at least; its Lookahead moves what is frozen, and ours does not"
+        "fastai's step, in 32 bits at least. Its Lookahead moves what is frozen, and ours does not: it is not shown that"
         opt, narrow = self.native.opt, widened(self.native)
-        ids = {id(p): i for i,p in enumerate(self.native.params)}
-        params = [(p, p.detach().clone()) for i,p in enumerate(self.native.params) if i in frozen]
-        slow = [(s, s.clone()) for pg,spg in zip(opt.param_lists, getattr(opt, 'slow_weights', None) or []) for p,s in zip(pg, spg) if ids[id(p)] in frozen]
+        if self.spec.has_lookahead:
+            if opt.slow_weights is None: opt._copy_weights()
+            left_out, lists, slow = [self.native.params[i] for i in frozen], opt.opt.param_lists, opt.slow_weights
+            moves = [[not any(p is o for o in left_out) for p in pg] for pg in lists]
+            opt.opt.param_lists, opt.slow_weights = ([list(itertools.compress(pg, m)) for pg,m in zip(o, moves)] for o in (lists, slow))
         opt.step()
-        for t,old in [*params, *slow]: t.data.copy_(old)
+        if self.spec.has_lookahead: opt.opt.param_lists, opt.slow_weights = lists, slow
         narrow()
 
     def heal(self, seed):
@@ -656,11 +659,10 @@ def assert_unchanged(before, after, what):
     for k,t in before[1].items(): assert torch.equal(t.nan_to_num(), after[1][k].nan_to_num()) and torch.equal(t.isnan(), after[1][k].isnan()), f"{what}: {k} changed"
     assert equal(before[2], after[2]), what
 
-@pytest.mark.skipif('ADVERSARY_SEQUENCES' not in os.environ, reason='takes minutes: set ADVERSARY_SEQUENCES, as `make soak` does')
 def test_adversary():
     counts.clear()
     with threads(1):
-        run_state_machine_as_test(Adversary, settings=settings(max_examples=SEQUENCES, stateful_step_count=ACTIONS, deadline=None, database=None,
+        run_state_machine_as_test(Adversary if SEED is None else hypothesis.seed(SEED)(Adversary), settings=settings(max_examples=SEQUENCES, stateful_step_count=ACTIONS, deadline=None, database=None,
             suppress_health_check=list(HealthCheck), report_multiple_bugs=True))
     steps, single, sequences = counts.pop('step of all'), counts.pop('single steps'), counts.pop('start')
     print(f"{sequences} sequences, {sum(counts.values())} actions, {steps} steps of all, {single} single steps: {dict(counts)}")

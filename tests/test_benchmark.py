@@ -219,9 +219,10 @@ def test_recommends_the_fastest(stubs, monkeypatch):
     assert best.backend == 'jit' and [r.backend for r in best.results] == ['jit', 'foreach', 'fused', 'native']
     assert best.opt_func.keywords == dict(jit=True) and 'adam(jit=True)' in str(best)
 
-def test_training_is_the_same_by_all_backends(monkeypatch):
+@pytest.mark.parametrize('around', [False, True])
+def test_training_is_the_same_by_all_backends(around, monkeypatch):
     monkeypatch.setitem(training.TASKS, 'tabular', partial(training.tabular, bs=64, n=1024 + 64*3))
-    bench = training.TrainingBenchmark(['tabular'], ['SGD'])
+    bench = training.TrainingBenchmark(['tabular'], ['SGD'], around=around)
     res = bench.run(1)
     assert [r.backend for r in res] == ['native', 'foreach', 'jit', 'fused'] and not bench.skipped
     for r in res:

@@ -127,6 +127,18 @@ def test_the_look_reads_no_data():
     "Looking at all tensors of a step asks where they are, and reads nothing there"
     assert python(PROBE_BETWEEN_GUARDS, 'any') == 'read none'
 
+def test_the_look_finds_its_way_within_tensors(monkeypatch):
+    "Where PyTorch keeps a tensor's dispatch keys is found by reading the memory of tensors, and none besides"
+    looking = pytest.importorskip('fastxtend.optimizer.looking')
+    room, read = 8*looking._WORDS, []
+    monkeypatch.setattr(looking, '_word', lambda address, word=looking._word: read.append(address) or word(address))
+    made, raw = [], looking._raw
+    dispatch_keys = torch._C._dispatch_keys
+    monkeypatch.setattr(torch._C, '_dispatch_keys', lambda t: made.append(t) or dispatch_keys(t))
+    at, keys, _ = looking.where_keys_are()
+    assert read and all(any(0 <= a - id(t) < Tensor.__basicsize__ or 0 <= a - t._cdata < room for t in made) for a in read)
+    for t in made: assert looking._word(id(t) + at) == t._cdata and looking._word(t._cdata + keys) == raw(dispatch_keys(t))
+
 # Memory that there is not
 
 NO_MEMORY = '''

@@ -23,7 +23,7 @@ def as_double(t): return t.detach().to(torch.float64, copy=True)
 
 def twin_of(opt, params):
     "The steppers one by one on float64 tensors, with the settings that `opt` has"
-    cls = StepperLookahead if OPTIMIZERS[opt.spec.name].has_lookahead else StepperOptimizer
+    cls = StepperLookahead if opt.spec.has_lookahead else StepperOptimizer
     own = dict(k=opt.k, alpha=opt.alpha) if cls is StepperLookahead else {}
     return cls([as_double(p).requires_grad_() for p in params], opt.spec, decouple_wd=opt.decouple_wd, options=opt.options, **own, **opt.hypers[0])
 

@@ -164,7 +164,8 @@ def test_slot_that_is_the_parameter():
 def test_report_tells_where_and_why():
     params = [torch.ones(4, 4), torch.ones(4, 8)[:, ::2], torch.ones(4, 4)]
     opt = build('SGD', [params[:1], params[1:]], 'fused')
-    assert len(opt.backend_report()) == 0
+    expected = opt.backend_report()
+    assert [o.backend for o in expected] == ['numba', 'foreach', 'numba'] and 'not stepped yet' in str(expected)
     step_with(opt, params, [torch.ones(4, 4), torch.ones(4, 4), torch.ones(1, 1).expand(4, 4)])
     report = opt.backend_report()
     assert [(o.group, o.index, o.backend) for o in report] == [(0, 0, 'numba'), (1, 0, 'foreach'), (1, 1, 'numba')]

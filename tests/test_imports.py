@@ -119,3 +119,75 @@ def test_needs_no_learner(ours):
         print(Learner.create_opt.__module__, len([f for f in sys.meta_path if type(f).__module__.startswith('fastxtend')]))
     ''')
     assert out == 'fastxtend.callback.schedulefree 0\n'
+
+SNAPSHOT = '''
+    import sys, warnings
+    warnings.simplefilter('ignore')
+    import fastai.vision.all, fastai.tabular.all, fastai.callback.all, torch.optim
+
+    def attributes():
+        "Name of each attribute of a class, and of each function, of the libraries that we build on"
+        found = {}
+        for name,module in list(sys.modules.items()):
+            if module is None or name.partition('.')[0] not in ('fastai', 'fastcore', 'torch'): continue
+            for n,o in list(vars(module).items()):
+                if isinstance(o, type): found.update({(o.__module__, o.__qualname__, k): v for k,v in list(vars(o).items())})
+                elif callable(o): found[name, n] = o
+        return found
+
+    def changed(before):
+        "What is new or another, but for the copies that fastcore's `patch` keeps"
+        modules = {k[0] for k in before}
+        return {'.'.join(k[1:]) for k,o in attributes().items() if k[0] in modules and before.get(k) is not o and not k[-1].startswith('_orig_')}
+
+    before = attributes()
+'''
+
+def test_what_is_changed_in_fastai():
+    "The attributes in the table of the guide, and nothing else"
+    import json, re
+    guide = json.loads((root/'nbs/guides.migrate.ipynb').read_text(encoding='utf-8'))
+    table = re.findall(r'^\| `([\w.]+)` \| `([\w.]+)` \|', '\n'.join(''.join(c['source']) for c in guide['cells']), re.M)
+    listed = {ours: {what for what,by in table if by in (ours, 'fastxtend.optimizer.all')} for ours in ('fastxtend.optimizer.all', 'fastxtend.basics')}
+    out = python(dedent(SNAPSHOT) + dedent('''
+        import fastxtend.optimizer.all, fastxtend.optim
+        print(changed(before))
+        import fastxtend.vision.all
+        print(changed(before))
+    '''))
+    assert [*map(eval, out.splitlines())] == [*listed.values()] and len(table) > 5
+
+PLAIN = '''
+    import warnings
+    warnings.simplefilter('ignore')
+    import torch
+    from fastai.basics import *
+    from fastai.callback.training import GradientClip
+    from fastai.optimizer import Adam, Optimizer, ranger
+    if {ours}: import fastxtend.vision.all
+    items = TfmdLists([(torch.ones(2), torch.ones(2))]*4, [noop])
+    for opt_func in (Adam, ranger):
+        torch.manual_seed(0)
+        learn = Learner(DataLoaders.from_dsets(items, items, bs=2, device='cpu'), nn.Linear(2, 2), nn.MSELoss(), opt_func=opt_func, cbs=GradientClip(.1), path='{path}')
+        learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__ == 'ProgressCallback'])
+        learn.logger = noop
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            learn.create_opt()
+        assert type(learn.opt).__module__ == 'fastai.optimizer'
+        learn.fit(2, 1e-2)
+        print([type(cb).__name__ for cb in learn.cbs], [p.tolist() for p in learn.model.parameters()])
+        learn.export(f'{{opt_func.__name__}}.pkl')
+'''
+
+def test_a_learner_without_us(tmp_path):
+    "Where nothing of ours is used, a `Learner` does the same after our import, and what it exports loads without us"
+    without, with_us = (python(PLAIN.format(ours=ours, path=tmp_path)) for ours in (False, True))
+    assert with_us == without and 'GradientClip' in with_us
+    out = python(blocking({'fastxtend'}, f'''
+        from fastai.basics import *
+        for name in ('Adam', 'ranger'):
+            learn = load_learner('{tmp_path}/' + name + '.pkl')
+            print(type(learn.opt or learn.opt_func).__name__, len([n for n in sys.modules if n.startswith('fastxtend')]))
+    '''))
+    assert len(out.splitlines()) == 2 and all(line.endswith(' 1') for line in out.splitlines()) # the one that is blocked

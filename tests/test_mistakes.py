@@ -66,3 +66,46 @@ def test_an_optimizer_prints_what_it_is(way):
     for p in params: p.grad = torch.ones_like(p)
     opt.step()
     assert '2 tensors of 5 elements, 40 bytes of state' in repr(opt) and 'group 1: 1 tensors, lr=0.2' in repr(opt) and 'last step: 2 in ' in repr(opt)
+
+def odd_params():
+    "Plain ones, another dtype, gaps, and two that share memory"
+    shared = torch.ones(4)
+    return [torch.ones(3, 2), torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.float64), torch.ones(4, 4)[:, ::2], shared, shared.view(2, 2)]
+
+@pytest.mark.parametrize('name', ['Lamb', 'Ranger'])
+@pytest.mark.parametrize('way', BACKENDS)
+def test_report_expects_what_happens(name, way):
+    "Before the first step the same report as after it, on every backend: where, why, formats and bytes"
+    if way not in ways(name): return
+    params = odd_params()
+    opt = build(name, [params[:3], params[3:]], way, lr=.1)
+    before = opt.backend_report()
+    assert not opt.state and 'not stepped yet' in str(before) and '0 bytes of state' in repr(opt)
+    for p in params: p.grad = torch.ones_like(p)
+    opt.step()
+    assert list(before) == list(opt.backend_report()) and 'last step' in repr(opt)
+    nbytes = sum(o.nbytes for o in before) + (sum(p.nbytes for p in params) if name == 'Ranger' else 0) # slow weights stand apart
+    assert f'{nbytes:,} bytes of state' in repr(opt)
+    assert {o.reason for o in before if not o.reason.startswith('shares memory')} - {''} == set() or way == 'fused'
+
+def test_reports_of_formats():
+    opt = optimizers.Adam([torch.ones(5)], .1, fused=True, state='bfloat16')
+    assert 'weights: float32; grad_avg, sqr_avg: bfloat16' in repr(opt)
+    assert '5  float32  grad_avg, sqr_avg: bfloat16              20' in str(opt.backend_report())
+
+def test_every_optimizer_has_a_report():
+    "Also fastai's own, which a constructor without flags makes, and those of `torch.optim`"
+    def params(): return [torch.ones(3, requires_grad=True)]
+    for opt, says in ((optimizers.Adam(params(), .1), 'adam_step'), (optimizers.Ranger(params(), .1), 'Lookahead of fastai'), (optimizers.Lion(params(), .1), 'steppers'),
+                      (TorchOptimizer(params(), torch.optim.AdamW, fused=True), 'AdamW with fused=True'), (optimizers.Lion(params(), .1, foreach=True), 'foreach')):
+        (row,) = opt.backend_report()
+        assert says in str(opt.backend_report()) and row.param == '(3,) float32 on cpu' and len(opt.backend_report().details().splitlines()) == 2
+
+def test_report_of_what_steps():
+    "Frozen parameters are in no report, and a list of other things is a plain one"
+    params = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+    opt = optimizers.SGD([params[:1], params[1:]], .1, foreach=True)
+    params[0].requires_grad_(False)
+    opt.freeze_to(1)
+    report = opt.backend_report()
+    assert report.attrgot('group') == [1] and type(report.filter(lambda o: o.group)) is type(report) and 'float32' in repr(report.attrgot('weights'))

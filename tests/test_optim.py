@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest, torch
 from fastxtend import optim as ours
-from fastxtend.optim import COLUMNS
+from fastxtend.optim import COLUMNS, WAYS
 from torch.optim import lr_scheduler as sched
 
 SHAPES = (4, 3), (5,), (1,), (2, 3, 2)
@@ -53,7 +53,8 @@ def test_numbers(name):
 def test_defaults(name):
     "Arguments, defaults and keys of groups are PyTorch's"
     opt, other = getattr(ours, name)(parameters()), getattr(torch.optim, name)(parameters())
-    assert {k: v for k,v in opt.defaults.items() if k != 'fused'} == {k: v for k,v in other.defaults.items() if k != 'fused'}
+    assert {k: opt.defaults[k] for k in other.defaults} == other.defaults
+    assert {k: v for k,v in opt.defaults.items() if k not in other.defaults} == {k: None for k in WAYS if k not in other.defaults} # ours to choose
     with pytest.raises(ValueError): getattr(ours, name)(parameters(), lr=-1)
     with pytest.raises(TypeError): getattr(ours, name)(parameters(), nothing=1)
 
@@ -234,3 +235,149 @@ def test_import():
     "It needs nothing of fastai.vision and compiles nothing"
     code = "import sys, fastxtend.optim; print([m for m in sys.modules if m.startswith(('fastai.vision', 'fastai.text', 'timm', 'numba.core', 'triton.runtime'))])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+@pytest.mark.parametrize('name', COLUMNS)
+def test_numbers_in_float32(name):
+    "50 steps in float32, for all options and ways to step, within what PyTorch allows its own"
+    for options,wd,maximize in product(OPTIONS[name], (0, .1), (False, True)):
+        kwargs = dict(lr=1e-3, weight_decay=wd, maximize=maximize, **options)
+        expected = parameters(dtype=torch.float32)
+        run(torch_opt(name, expected, **kwargs), expected, 50)
+        for flags in FLAGS:
+            ps = parameters(dtype=torch.float32)
+            run(getattr(ours, name)(ps, **kwargs, **flags), ps, 50)
+            for p,e in zip(ps, expected): torch.testing.assert_close(p, e)
+
+def test_nothing_half_stepped():
+    "If a group of another kind is refused, none has stepped, and the next step goes on"
+    a, b = parameters(), parameters()
+    opt, other = (cls([dict(params=ps[:2]), dict(params=ps[2:], amsgrad=True)]) for cls,ps in ((ours.Adam, a), (lambda g: torch_opt('Adam', g), b)))
+    for i in range(4):
+        set_grads(a, i), set_grads(b, i)
+        if i in (0, 2):
+            before, right = [p.detach().clone() for p in a], a[3].grad
+            a[3].grad = right.to_sparse()
+            with pytest.raises(RuntimeError): opt.step()
+            assert_close(a, before, 0)
+            a[3].grad = right
+        opt.step(), other.step()
+    assert_close(a, b)
+
+def test_load_is_checked():
+    "State of another optimizer, of other parameters, or with options that are refused: an error that says so, and nothing has changed"
+    def state_of(cls, shapes=SHAPES, **kwargs):
+        ps = [torch.ones(s, requires_grad=True) for s in shapes]
+        opt = cls(ps, **kwargs)
+        run(opt, ps, 2)
+        return opt.state_dict()
+    for name,sd,message in [('Adam', state_of(ours.Lion), "has no 'exp_avg_sq'"), ('Lion', state_of(ours.Adam), "has 'exp_avg_sq'"), ('SGD', state_of(torch.optim.RMSprop), 'square_avg'),
+                            ('NAdam', state_of(torch.optim.Adam), 'mu_product'), ('Adam', state_of(ours.Adam, [(2, 2)]*4), 'another model'), ('Adam', state_of(ours.Adam, SHAPES[:2]), "doesn't match")]:
+        ps = parameters(dtype=torch.float32)
+        opt = getattr(ours, name)(ps, lr=.5)
+        run(opt, ps, 1)
+        before = copy.deepcopy(opt.state_dict())
+        with pytest.raises(ValueError, match=message): opt.load_state_dict(sd)
+        assert str(before) == str(opt.state_dict())
+        run(opt, ps, 1)
+    sd = state_of(torch.optim.Adam)
+    sd['param_groups'][0]['capturable'] = True
+    with pytest.raises(NotImplementedError, match='capturable'): ours.Adam(parameters(dtype=torch.float32)).load_state_dict(sd)
+
+@pytest.mark.parametrize('flags', FLAGS)
+def test_grad_scale(flags):
+    "`grad_scale` divides gradients, and `found_inf` leaves the step out, as in the fused optimizers of PyTorch; with two kinds of groups, too"
+    def groups(ps): return [dict(params=ps[:2]), dict(params=ps[2:], amsgrad=True)]
+    a, b = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    opt, other = ours.Adam(groups(a), **flags), torch.optim.Adam(groups(b), fused=True)
+    for i in range(4):
+        for o,ps in ((opt, a), (other, b)):
+            set_grads(ps, i)
+            for p in ps: p.grad.mul_(128.)
+            o.grad_scale, o.found_inf = torch.tensor(128.), torch.tensor(float(i == 2))
+            o.step()
+            del o.grad_scale, o.found_inf
+    assert_close(a, b, 1e-6)
+    assert [float(s['step']) for s in opt.state.values()] == [float(s['step']) for s in other.state.values()] == [3.]*4
+
+@pytest.mark.parametrize('name', ['AdamW', 'SGD', 'NAdam'])
+def test_state_is_pytorchs(name):
+    "Who looks at `state` finds tensors; what is written there counts"
+    a, b = parameters(), parameters()
+    opt, other = getattr(ours, name)(a), torch_opt(name, b)
+    run(opt, a, 3), run(other, b, 3)
+    assert [set(s) for s in opt.state.values()] == [set(s) for s in other.state.values() if s.get('step', 1) is not None and any(v is not None for v in s.values())]
+    for o in (opt, other):
+        for s in o.state.values():
+            if 'step' in s:
+                assert torch.is_tensor(s['step']) and s['step'].dtype is torch.float32
+                s['step'] += 2
+    run(opt, a, 3, 3), run(other, b, 3, 3)
+    assert_close(a, b, 1e-7 if name == 'NAdam' else 1e-10)
+
+def test_compiled_model():
+    "A step in a function that `torch.compile` took, model and all"
+    finals = []
+    for make in (ours.AdamW, lambda ps: torch_opt('AdamW', ps)):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+        opt = make(model.parameters())
+        def train(x):
+            opt.zero_grad()
+            model(x).square().sum().backward()
+            opt.step()
+        if make is ours.AdamW: train = torch.compile(train, backend='eager')
+        for i in range(4): train(torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)))
+        finals.append(list(model.parameters()))
+    assert_close(*finals)
+
+def test_averaged_model():
+    "Stochastic weight averaging around a step"
+    finals = []
+    for make in (ours.SGD, lambda ps, **k: torch_opt('SGD', ps, **k)):
+        model = torch.nn.Linear(3, 2).double()
+        for p in model.parameters(): p.data.fill_(.5)
+        swa = torch.optim.swa_utils.AveragedModel(model)
+        opt = make(model.parameters(), lr=.1)
+        schedule = torch.optim.swa_utils.SWALR(opt, swa_lr=.05, anneal_epochs=3)
+        for i in range(6):
+            set_grads(list(model.parameters()), i)
+            opt.step(), swa.update_parameters(model), schedule.step()
+        finals.append(list(swa.parameters()))
+    assert_close(*finals)
+
+@pytest.mark.parametrize('name', ['AdamW', 'Lion'])
+def test_state_in_bfloat16(name):
+    "How tensors are kept is an argument as on the side of fastai, also after loading"
+    ps = parameters(dtype=torch.float32)
+    opt = getattr(ours, name)(ps, state='bfloat16')
+    run(opt, ps, 2)
+    qs = [p.detach().clone().requires_grad_() for p in ps]
+    loaded = getattr(ours, name)(qs, state='bfloat16')
+    loaded.load_state_dict(copy.deepcopy(opt.state_dict()))
+    run(opt, ps, 2, 2), run(loaded, qs, 2, 2)
+    assert_close(ps, qs, 0)
+    assert {s['exp_avg'].dtype for o in (opt, loaded) for s in o.state.values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match='fused=True'): getattr(ours, name)(ps, state='bfloat16', foreach=True)
+
+def test_runner(tmp_path):
+    "The runner of PyTorch's own tests, on a file that begins as PyTorch's does"
+    pytest.importorskip('expecttest')
+    file = tmp_path/'test_optim.py'
+    file.write_text("""
+from optim.test_lrscheduler import TestLRScheduler
+from optim.test_optim import TestDifferentiableOptimizer
+from optim.test_swa_utils import TestSWAUtils
+import torch
+from torch.testing._internal.common_device_type import instantiate_device_type_tests
+from torch.testing._internal.common_optimizers import optim_db, optims
+from torch.testing._internal.common_utils import TestCase
+class TestOptimRenewed(TestCase):
+    @optims(optim_db, dtypes=[torch.float32])
+    def test_it(self, device, dtype, optim_info):
+        self.assertEqual(optim_info.optim_cls.__module__, 'fastxtend.optim')
+        for o in optim_info.optim_inputs_func(device=device, dtype=dtype): optim_info.optim_cls([torch.zeros(2, requires_grad=True)], **o.kwargs)
+instantiate_device_type_tests(TestOptimRenewed, globals(), allow_mps=True)
+""")
+    out = subprocess.run([sys.executable, 'tests/torch_test_optim.py', str(file), '-k', 'cpu'], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert f"{len(ours.__all__)} tests, {len(ours.__all__)} passed" in out.stdout

@@ -29,7 +29,7 @@ def arguments(f, without=()):
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_constructors_as_published(name):
     f = constructor(name)
-    assert arguments(f, without=('fused', 'state', *(() if 'foreach=' in PUBLISHED[name] else ('foreach',)))) == PUBLISHED[name]
+    assert arguments(f, without=('fused', 'state', 'weights', *(() if 'foreach=' in PUBLISHED[name] else ('foreach',)))) == PUBLISHED[name]
     assert list(inspect.signature(f).parameters)[-len(FLAGS):] == list(FLAGS)
     assert f.__module__ == 'fastxtend.optimizer.fused' and f.__doc__
 

@@ -19,7 +19,7 @@ from .models import MODELS, CliError, NotInstalled, look_up, model_name, model_s
 from .report import AGAIN, frame, machine, overlap, save_plots, step_report, step_summary
 from .steps import (CONTESTANTS, OURS, TURN, Benchmark, choose, choose_backends, contestant_name, device_name, optimizer_name,
                                        recommend)
-from .training import TASKS, TrainingBenchmark, plot_epochs, task_name, training_report, training_summary
+from .training import TASKS, TrainingBenchmark, plot_batches, task_name, training_report, training_summary
 from ..optimizer.table import OPTIMIZERS
 
 # %% auto #0
@@ -71,7 +71,7 @@ def _at_least(least, **options):
     for k,v in options.items():
         if not (math.isfinite(v) and v >= least): raise CliError(f"--{k} is a number of at least {least}, not {v}")
 
-_unused = dict(recommend=('not for --recommend', {'backends', 'train', 'epochs', 'out', 'name'}), steps=('only for --train', {'epochs'}),
+_unused = dict(recommend=('not for --recommend', {'backends', 'train', 'epochs', 'around', 'out', 'name'}), steps=('only for --train', {'epochs', 'around'}),
                train=('not for --train', {'models', 'groups', 'dtype', 'turn', 'seconds'}))
 
 def _refuse_unused(mode, given):
@@ -140,9 +140,9 @@ def _steps(bench, seconds, facts, folder, name):
 def _train(bench, epochs, facts, folder, name):
     "Run the benchmark of whole training"
     if not bench.run(epochs, progress_bar): raise _nothing(bench)
-    df, png = frame(bench.results), folder/f'{name}_epoch.png'
-    files = _write(df, training_report(df, facts, bench.skipped), folder, name)
-    plot_epochs(bench.frames).savefig(png, dpi=110)
+    df, png = frame(bench.results), folder/f'{name}_batch.png'
+    files = _write(df, training_report(df, facts, bench.skipped, bench.around), folder, name)
+    plot_batches(bench.frames).savefig(png, dpi=110)
     _tell(bench, training_summary(df, bench.skipped), [*files, png])
 
 def _recommend(models, optimizers, seconds, **kwargs):
@@ -168,6 +168,7 @@ def main(
     seconds:float=None, # Time for measuring each optimizer on each model, at least five rounds; 3 if not given
     train:str='', # Measure whole training instead: digits, tabular, or all; with Adam if no optimizers are given
     epochs:int=None, # Epochs of training to measure; 5 if not given
+    around:bool=False, # Train with clipping and averaging, and count these as parts of the step
     threads:int=0, # Threads that PyTorch may use, its own choice if 0
     out:str='bench_out', # Folder for the results
     name:str='', # How the names of the files begin: steps or training if not given
@@ -194,7 +195,7 @@ def main(
         return _recommend(models, optimizers, of['seconds'], groups=groups[0], **kwargs)
     if train:
         tasks, backends = _several('train', train, TASKS, task_name), _several('backends', backends or 'all', OURS, _own)
-        bench = TrainingBenchmark(tasks, optimizers, backends, kwargs['device'])
+        bench = TrainingBenchmark(tasks, optimizers, backends, kwargs['device'], around=around)
         return _train(bench, of['epochs'], facts, _folder(out, name), name or 'training')
     backends = _several('backends', backends or ','.join(choose_backends()), CONTESTANTS, contestant_name)
     bench = Benchmark(models, optimizers, backends, groups, **kwargs)

@@ -5,8 +5,9 @@
 # %% ../../nbs/benchmark.phase.ipynb #32ae9868
 from __future__ import annotations
 
-import math
+import math, shlex, subprocess, sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np, pandas as pd, torch
@@ -15,7 +16,7 @@ from fastai.torch_basics import *
 from fastcore.script import call_parse
 
 from .models import model_name, model_shapes, shapes_of
-from .report import machine
+from .report import machine, preface
 from .steps import LR, TURN, Stopwatch, bytes_per_parameter, choose, device_name, hypers_of, optimizer_name, race, time_calls
 from ..callback.profiler import markdown_table, number
 from ..optimizer import all as _all # every optimizer is in the table then
@@ -23,7 +24,8 @@ from ..optimizer.attach import Attachment, average_weights, clear_gradients, cli
 from ..optimizer.table import OPTIMIZERS
 
 # %% auto #0
-__all__ = ['CLIP', 'AVERAGE', 'phase_apart', 'phase_in_one', 'PreparedWatch', 'PhaseContest', 'phase_row', 'phase_report', 'main']
+__all__ = ['CLIP', 'AVERAGE', 'PHASE_METHOD', 'phase_apart', 'phase_in_one', 'PreparedWatch', 'PhaseContest', 'phase_row',
+           'phase_report', 'spinning', 'main']
 
 # %% ../../nbs/benchmark.phase.ipynb #d60caf43
 CLIP, AVERAGE = .1, .002 # Greatest norm, and how far the average moves
@@ -113,6 +115,11 @@ def phase_row(
     return dict(model=model, optimizer=optimizer, **{f'{n}_ms': x for n,x in ms.items()}, from_fastai=ms['fastai']/ms['one_pass'], from_apart=ms['apart']/ms['one_pass'],
                 from_zero_grad=ms['fastai_zero_grad']/ms['zero_grad'], of_bytes=ms['one_pass']/(ms['step']*(step + 16)/step))
 
+PHASE_METHOD = ("All ways of one model take turns in random order in one process, on the same parameters and gradients, after seven calls to warm up. A turn is one "
+                "call, or as many as take 5 ms; gradients are written anew before each, which is not timed. Times are medians. fastai: `clip_grad_norm_`, fastai's own "
+                "optimizer, `torch._foreach_lerp_` for the average, and fastai's `zero_grad`. Apart: the same around a fused step, and its `zero_grad`. One pass: all of it in the "
+                "step. The last column compares one pass with the time that its bytes take at the speed of the step alone (Adam: 44 a parameter, at that of 28).")
+
 def phase_report(
     rows:list, # From `phase_row`
     facts:dict, # About the machine
@@ -121,7 +128,18 @@ def phase_report(
     header = ['model', 'optimizer', 'fastai', 'apart', 'one pass', 'step alone', 'zero_grad: fastai', 'ours', 'faster than fastai', 'than apart', 'time of its bytes']
     cells = [[r['model'], r['optimizer'], *(f'{number(r[f"{n}_ms"])} ms' for n in ('fastai', 'apart', 'one_pass', 'step', 'fastai_zero_grad', 'zero_grad')),
               f"{number(r['from_fastai'])}x", f"{number(r['from_apart'])}x", f"{number(r['of_bytes'])}x"] for r in rows]
-    return '\n'.join(['# Clip, step, average and clear\n', *(f'- {k}: {v}' for k,v in facts.items()), '', 'Medians of turns, in random order.\n', markdown_table(cells, header, 2), ''])
+    return '\n'.join([*preface('Clip, step, average and clear', facts, PHASE_METHOD), markdown_table(cells, header, 2), ''])
+
+# %% ../../nbs/benchmark.phase.ipynb #53dd9a8c
+@contextmanager
+def spinning(
+    n:int, # How many
+):
+    "Processes that keep a core busy each"
+    others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(n)]
+    try: yield others
+    finally:
+        for o in others: o.kill(); o.wait()
 
 # %% ../../nbs/benchmark.phase.ipynb #5c19da3f
 @call_parse
@@ -131,13 +149,17 @@ def main(
     device:str='cpu', # cpu or cuda
     seconds:float=5., # Time for measuring each model, at least five rounds
     threads:int=0, # Threads that PyTorch may use, its own choice if 0
+    busy:int=0, # Processes that keep a core busy each meanwhile
     out:str='bench_out', # Folder for the results
+    name:str='phase', # How the names of the files begin
 ):
     "What all of an optimizer step costs, with clipping, averaging and clearing"
     if threads: torch.set_num_threads(threads)
-    rows = [phase_row(m, o, PhaseContest(m, o, device_name(device)).run(seconds)) for o in choose(optimizers, optimizer_name) for m in choose(models, model_name)]
-    text, folder = phase_report(rows, machine(device)), Path(out)
+    facts = {**machine(device), **({'Beside it': f'{busy} processes that keep a core busy each'} if busy else {}),
+             'Command': f'`python -m fastxtend.benchmark.phase {shlex.join(sys.argv[1:])}`'}
+    with spinning(busy): rows = [phase_row(m, o, PhaseContest(m, o, device_name(device)).run(seconds)) for o in choose(optimizers, optimizer_name) for m in choose(models, model_name)]
+    text, folder = phase_report(rows, facts), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(folder/'phase.csv', index=False, float_format='%.6g')
-    (folder/'phase.md').write_text(text)
+    pd.DataFrame(rows).to_csv(folder/f'{name}.csv', index=False, float_format='%.6g')
+    (folder/f'{name}.md').write_text(text)
     print(text)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc, importlib, inspect, math, random, time
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -153,7 +154,7 @@ def _prodigyopt(optimizer, groups, hypers):
 class Contestant:
     "A way to run an optimizer"
     name:str # What it is called in tables and on the command line
-    build:callable # Takes the optimizer's name, groups of parameters and hyperparameters; returns something with a `step`
+    build:Callable # Takes the optimizer's name, groups of parameters and hyperparameters; returns something with a `step`
     package:str='fastai' # Where it comes from
     default:bool=True # Does it run without being asked for?
 
@@ -185,12 +186,12 @@ class Stopwatch:
     "Tells the seconds that a call takes"
     def __init__(self,
         device:str|torch.device='cpu', # Where the work is done
-        clock:callable=time.perf_counter, # Returns seconds
+        clock:Callable=time.perf_counter, # Returns seconds
     ):
         self.device, self.clock = torch.device(device), clock
 
     def __call__(self,
-        f:callable, # To be called
+        f:Callable, # To be called
     ) -> float: # Seconds
         return self._cuda(f) if self.device.type == 'cuda' else self._cpu(f)
 
@@ -211,7 +212,7 @@ class Stopwatch:
 
 def time_calls(
     watch:Stopwatch, # Takes the time
-    f:callable, # To be called
+    f:Callable, # To be called
     n:int, # How often
 ) -> float: # Seconds
     "Time of one of `n` consecutive calls"
@@ -255,7 +256,7 @@ class Watcher(TorchDispatchMode):
 def _tensors(x): return [t for t in torch.utils._pytree.tree_leaves(x) if isinstance(t, Tensor)]
 
 def watch_calls(
-    f:callable, # To be called
+    f:Callable, # To be called
     device:torch.device=torch.device('cpu'), # Where it works
 ) -> tuple[int, int]: # Dispatched operations (kernel launches on CUDA), and bytes
     "Operations and extra memory of one call of `f`"
@@ -332,7 +333,7 @@ class Contest:
         device:str='cpu', # Where to run
         dtype:torch.dtype=torch.float32, # Of parameters, gradients and state
         shapes:list=None, # Shapes of the parameters, if not those of `model`
-        clock:callable=time.perf_counter, # Returns seconds
+        clock:Callable=time.perf_counter, # Returns seconds
         turn:float=TURN, # Least seconds of a turn
     ):
         self.model, self.optimizer, self.groups = model, optimizer_name(optimizer), groups
@@ -376,13 +377,13 @@ class Contest:
         return steppers
 
     def warm_up(self,
-        step:callable, # Takes one step
+        step:Callable, # Takes one step
     ) -> int: # How many steps take `turn` seconds
         "Step until nothing is new, in whole rounds of Lookahead"
         for _ in range(math.ceil(WARM_UP/self.round)): seconds = time_calls(self.watch, step, self.round)
         return self.round*max(1, math.ceil(self.turn/seconds/self.round)) if seconds else self.round
 
-    def copy(self) -> callable:
+    def copy(self) -> Callable:
         "`a.add_(b)` on as much memory as the optimizer needs"
         a, b = torch.zeros(2, self.copy_elements, dtype=self.dtype, device=self.device)
         return lambda: a.add_(b)
@@ -404,7 +405,7 @@ class Contest:
 # %% ../../nbs/benchmark.steps.ipynb #82c1ce81
 def choose(
     names:str|list, # Names, in a list or separated by commas
-    check:callable, # Returns a name as it is in its table, or raises `UnknownName`
+    check:Callable, # Returns a name as it is in its table, or raises `UnknownName`
 ) -> list[str]:
     "All `names`, checked"
     if isinstance(names, str): names = names.split(',')
@@ -449,8 +450,8 @@ class Benchmark:
 
     def run(self,
         seconds:float=2., # Time for measuring in each contest
-        after:callable=noop, # Called with `self` after each contest
-        progress:callable=None, # Wraps the list of contests, such as fastprogress's `progress_bar`
+        after:Callable=noop, # Called with `self` after each contest
+        progress:Callable=None, # Wraps the list of contests, such as fastprogress's `progress_bar`
     ) -> list[Result]:
         "Run all contests. Ctrl-C stops it and keeps what was measured"
         contests = list(self.contests())

@@ -12,16 +12,20 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 from fastai.basics import *
 from fastai.callback.progress import *
+from fastai.callback.training import GradientClip as NativeClip
 
 from .models import EMB_SZS, look_up
 from .report import noisy, preface, speedup_text, verdict
 from .steps import OURS, hypers_of, optimizer_name
+from ..callback.attach import ClearGradients
+from ..callback.averaging import EMACallback
+from ..callback.clip import GradientClip
 from ..callback.profiler import markdown_table, number
 from ..optimizer import fused
 
 # %% auto #0
-__all__ = ['TASKS', 'TRAINING_METHOD', 'TRAINING_CASE', 'digits', 'tabular', 'task_name', 'Trained', 'TrainingBenchmark',
-           'training_summary', 'training_report', 'plot_epochs']
+__all__ = ['TASKS', 'TRAINING_METHOD', 'AROUND_METHOD', 'TRAINING_CASE', 'digits', 'tabular', 'task_name', 'Trained',
+           'around_step', 'TrainingBenchmark', 'training_summary', 'training_report', 'plot_batches']
 
 # %% ../../nbs/benchmark.training.ipynb #61fd4ed4
 def _loaders(xs, y, n_valid, bs, device):
@@ -83,14 +87,14 @@ class Trained:
     epoch_speedup:float=math.nan # How many times faster than native an epoch is
     step_speedup:float=math.nan # How many times faster than native a step is
 
-def _trained(frames, learn, **known):
+def _trained(frames, learn, phase='opt_step', **known):
     "The figures of one backend from its profiles"
     def of(column, phase): return np.array([df.set_index(['part', 'phase'])[column][phase] for df in frames])
     seconds = of('total_s', ('', 'train'))
     p10, epoch_s, p90 = map(float, np.percentile(seconds, [10, 50, 90]))
     return Trained(epochs=len(frames), epoch_s=epoch_s, epoch_s_p10=p10, epoch_s_p90=p90,
-                   step_ms=float(np.median(of('mean_ms', ('train', 'opt_step')))),
-                   step_share=float(of('total_s', ('train', 'opt_step')).sum()/seconds.sum()),
+                   step_ms=float(np.median(of('mean_ms', ('train', phase)))),
+                   step_share=float(of('total_s', ('train', phase)).sum()/seconds.sum()),
                    samples_s=float(np.median(of('samples_s', ('', 'train')))), valid_loss=float(learn.recorder.values[-1][1]), **known)
 
 def _against_native(results):
@@ -99,6 +103,14 @@ def _against_native(results):
         native = first(o for o in results if (o.task, o.optimizer, o.backend) == (r.task, r.optimizer, 'native'))
         if native: r.epoch_speedup, r.step_speedup = native.epoch_s/r.epoch_s, native.step_ms/r.step_ms
     return results
+
+# %% ../../nbs/benchmark.training.ipynb #52c78ee0
+def around_step(
+    backend:str, # One of `OURS`
+) -> list[Callback]:
+    "Clip and average, and what a fused step can do besides"
+    average = EMACallback(.99, validate_average=False, replace_weights=False) # training that does not notice
+    return [NativeClip(1.) if backend == 'native' else GradientClip(1.), average, *([ClearGradients()] if backend == 'fused' else [])]
 
 # %% ../../nbs/benchmark.training.ipynb #b220fc40
 class TrainingBenchmark:
@@ -109,14 +121,16 @@ class TrainingBenchmark:
         backends:list=OURS, # Some of `OURS`
         device:str='cpu', # Where to train
         lr:float=1e-3, # Learning rate
+        around:bool=False, # Clip, average and clear as well, and take all of that for the step?
     ):
+        self.around = around
         self.tasks, self.optimizers = [task_name(t) for t in tasks], [optimizer_name(o) for o in optimizers]
         self.backends = [look_up('backend', b, OURS) for b in backends]
         self.device, self.lr, self.frames, self.learners, self.skipped, self.interrupted = device, lr, {}, {}, {}, False
 
     @property
     def results(self):
-        return _against_native([_trained(frames, self.learners[k], task=k[0], optimizer=k[1], backend=k[2], device=self.device)
+        return _against_native([_trained(frames, self.learners[k], 'optimizer' if self.around else 'opt_step', task=k[0], optimizer=k[1], backend=k[2], device=self.device)
                                 for k,frames in self.frames.items() if frames])
 
     def run(self,
@@ -142,6 +156,7 @@ class TrainingBenchmark:
         for b in self.backends:
             opt_func = partial(getattr(fused, optimizer), **hypers_of(optimizer), **({} if b == 'native' else {b: True}))
             with no_random(): learn = TASKS[task](opt_func, self.device)
+            if self.around: learn.add_cbs(around_step(b))
             try: learn.create_opt()
             except (ImportError, NotImplementedError) as e: self.skipped[f'{b} ({optimizer})'] = str(e)
             else:
@@ -162,6 +177,8 @@ class TrainingBenchmark:
 TRAINING_METHOD = ("One learner a backend, from the same weights on the same batches; they take turns in random order by the epoch, after one epoch to "
                    "warm up. Times are medians over epochs, taken by the profiler callback; the number behind is how many times faster than fastai native, "
                    "and *noisy* says that the two spread by more than they differ (10th to 90th percentile).")
+AROUND_METHOD = ("Gradients are clipped and weights averaged in every step, and a step is all of that, from the clipping to zeroed gradients: done by fastai's "
+                 "callback and one call after the step, or (fused) in the step.")
 
 TRAINING_CASE = ['task', 'optimizer']
 
@@ -184,28 +201,33 @@ def training_report(
     df:pd.DataFrame, # Results
     facts:dict, # From `machine`, and what else is to be said
     skipped:dict=None, # What was left out, and why
+    around:bool=False, # Was there clipping and averaging?
 ) -> str:
     "Markdown report of a benchmark of whole training"
-    return '\n'.join([*preface('What an optimizer step is worth in training', facts, TRAINING_METHOD), training_summary(df, skipped)])
+    method = f'{TRAINING_METHOD} {AROUND_METHOD}' if around else TRAINING_METHOD
+    return '\n'.join([*preface('What an optimizer step is worth in training', facts, method), training_summary(df, skipped)])
 
 # %% ../../nbs/benchmark.training.ipynb #84269874
-def plot_epochs(
+def plot_batches(
     frames:dict, # (task, optimizer, backend) to a list of profiles
 ):
-    "Where the time of an epoch goes, one bar a backend and one plot a task and optimizer"
+    "Where the time of a batch goes, one bar a backend and one plot a task and optimizer"
     import matplotlib.pyplot as plt
-    phases = dict(draw='#c7c7c7', forward='#aec7e8', loss='#1f77b4', backward='#ffbb78', opt_step='#d62728', zero_grad='#9467bd')
+    phases = dict(draw='#c7c7c7', forward='#aec7e8', loss='#1f77b4', backward='#ffbb78', around='#2ca02c', opt_step='#d62728', zero_grad='#9467bd')
+    def medians(df):
+        ms = df.set_index(['part', 'phase']).median_ms['train']
+        return {**ms, 'around': ms.optimizer - ms.opt_step - ms.zero_grad} # callbacks before and after the step
     tasks = list(dict.fromkeys(k[:2] for k,fs in frames.items() if fs))
     fig, axs = plt.subplots(1, len(tasks), figsize=(5.5*len(tasks), 2.8), squeeze=False, layout='constrained')
     for ax,task in zip(axs[0], tasks):
         keys = [k for k,fs in frames.items() if k[:2] == task and fs][::-1]
-        left = np.zeros(len(keys))
+        rows, left = [[medians(df) for df in frames[k]] for k in keys], np.zeros(len(keys))
         for phase,color in phases.items():
-            width = [np.median([df.set_index(['part', 'phase']).total_s['train', phase] for df in frames[k]]) for k in keys]
+            width = np.maximum([np.median([r[phase] for r in row]) for row in rows], 0)
             ax.barh([k[2] for k in keys], width, left=left, color=color, label=phase)
             left += width
-        ax.set(title=', '.join(task), xlabel='seconds of an epoch')
+        ax.set(title=', '.join(task), xlabel='milliseconds of a batch')
         ax.spines[['top', 'right']].set_visible(False)
     handles, labels = axs[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc='outside lower center', ncols=len(phases)//2*min(len(tasks), 2), frameon=False)
+    fig.legend(handles, labels, loc='outside lower center', ncols=4*min(len(tasks), 2), frameon=False)
     return fig

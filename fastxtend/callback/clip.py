@@ -9,9 +9,9 @@ from fastai.basics import *
 from fastai.callback import training as fai
 from torch import nn
 
-from .attach import attaches
+from .attach import attaches, undisturbed
 from ..optimizer.attach import Attachment, clip_gradients, clip_known
-from ..optimizer.core import FastOptimizer
+from ..optimizer.core import FLOAT32, FastOptimizer
 
 # %% auto #0
 __all__ = ['GradientClip']
@@ -32,7 +32,9 @@ class GradientClip(fai.GradientClip):
 
     def before_step(self):
         "Clip now, or in the step"
-        if self.norm_type == 2 and attaches(self): self.opt.attached['clip'] = self.attachment()
+        if self.norm_type != 2: self.clip()
+        elif attaches(self): self.opt.attached['clip'] = self.attachment()
+        elif getattr(self.opt, 'takes_clip_scale', False) and undisturbed(self): self.hand_scale()
         else: self.clip()
 
     def after_step(self):
@@ -49,9 +51,23 @@ class GradientClip(fai.GradientClip):
         "Norm of all gradients in the last step, before they were clipped. To read it may be to wait for it"
         return self.opt.grad_norm if isinstance(self.opt, FastOptimizer) else self.listed.get('norm')
 
+    def hand_scale(self):
+        "Find the norm now, and have the step do the rest in the scalars that it multiplies gradients with"
+        params = self.with_grads()
+        norm = nn.utils.get_total_norm([p.grad for p in params])
+        def apart(): nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
+        self.opt.known['grad_norm'] = n = float(norm)
+        if not n*n <= FLOAT32: return apart() # squares may be infinite before they are scaled
+        scale = min(self.max_norm/(n + 1e-6), 1.)
+        self.opt.attached['clip_scale'] = Attachment((clip_known,), scalars=dict(clip_scale=scale), over=params, apart=apart, by=self)
+
+    def with_grads(self):
+        "What is clipped"
+        if 'params' not in self.listed: self.listed['params'] = list(self.parameters())
+        return [p for p in self.listed['params'] if p.grad is not None]
+
     def attachment(self):
         "What is added to the step"
-        if 'params' not in self.listed: self.listed['params'] = list(self.parameters())
-        common = dict(over=[p for p in self.listed['params'] if p.grad is not None], apart=self.clip, by=self)
+        common = dict(over=self.with_grads(), apart=self.clip, by=self)
         if 'unscale' not in self.opt.attached: return Attachment((clip_gradients,), scalars=dict(clip_norm=self.max_norm), **common)
         return Attachment((clip_known,), scalars=dict(clip_scale=min(self.max_norm/(self.opt.known['grad_norm'] + 1e-6), 1.)), **common)

@@ -41,7 +41,7 @@ def ademamix_step(grad_avg, slow_avg, sqr_avg, avg_size, slow_size, folded_eps):
     return (avg_size*grad_avg + slow_size*slow_avg)/(sqrt(sqr_avg) + folded_eps)
 
 # %% ../../nbs/optimizer.ademamix.ipynb #5c39bbf3
-@optimizer()
+@optimizer(fine=('slow_avg',))
 def AdEMAMix(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list

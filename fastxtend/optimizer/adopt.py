@@ -34,7 +34,7 @@ def adopt_step(grad_avg, lr):
     return lr*grad_avg
 
 # %% ../../nbs/optimizer.adopt.ipynb #9609addf
-@optimizer()
+@optimizer(fine=('sqr_avg',))
 def ADOPT(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list

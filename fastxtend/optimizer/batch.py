@@ -13,14 +13,22 @@ from operator import attrgetter
 import numpy as np, torch
 from torch import Tensor
 
+from .formats import EXACT, LOST, NOTHING, ROOTS, Format
 from .probe import is_dense, is_sharded, sharing_memory
 from .steppers import Composition
 
 # %% auto #0
-__all__ = ['RANGES', 'MEANT', 'Batch', 'as_number', 'check_hyper', 'no_such', 'describe', 'check_params', 'fields_of',
-           'check_tensors', 'check_batch', 'shards', 'lay_out', 'overwrite', 'copy_like']
+__all__ = ['RANGES', 'MEANT', 'overwrite', 'Batch', 'as_number', 'check_hyper', 'no_such', 'describe', 'check_params',
+           'fields_of', 'check_tensors', 'check_batch', 'shards', 'lay_out', 'copy_like']
 
 # %% ../../nbs/optimizer.batch.ipynb #e4d1a7f7
+def overwrite(
+    t:Tensor, # Any tensor
+    x:Tensor, # Of the same shape
+) -> Tensor: # `t`
+    "Copy `x` into `t`. It is converted first: PyTorch copies between float16 and float32 without regard to lazy negation"
+    return t.copy_(x.to(t.dtype))
+
 @dataclass
 class Batch:
     "Parameters that step together, with all that the step needs"
@@ -32,6 +40,7 @@ class Batch:
     slots:dict # Slot name to a list of state tensors
     composition:Composition # What is to be done
     carried:dict=field(default_factory=dict) # What the last step left for this one, by name: numbers, or tensors of one element
+    beside:dict=field(default_factory=dict) # Name to a list of tensors that formats keep beside others, or `NOTHING`
 
     def __len__(self): return len(self.params)
 
@@ -42,15 +51,15 @@ class Batch:
         if len(idxs) == len(self): return self
         def pick(xs): return [xs[i] for i in idxs]
         return Batch(pick(self.params), pick(self.grads), pick(self.states), self.row_ids[idxs], self.rows,
-                     {k: pick(v) for k,v in self.slots.items()}, self.composition, self.carried)
+                     {k: pick(v) for k,v in self.slots.items()}, self.composition, self.carried, {k: pick(v) for k,v in self.beside.items()})
 
     def with_tensors(self,
         params:list, # Of each parameter, in another form
         grads:list, # Of each gradient
-        *slots:list, # Of each slot
+        *others:list, # Of each slot, and of what is beside; nothing is, if these are left out
     ) -> Batch:
         "The same with other tensors"
-        return Batch(params, grads, self.states, self.row_ids, self.rows, dict(zip(self.slots, slots)), self.composition, self.carried)
+        return Batch(params, grads, self.states, self.row_ids, self.rows, dict(zip(self.slots, others)), self.composition, self.carried, dict(zip(self.beside, others[len(self.slots):])))
 
     def scalar(self,
         name:str, # A scalar of the row
@@ -73,12 +82,32 @@ class Batch:
         return np.array([[row[n] for n in names] for row in self.rows], dtype).reshape(len(self.rows), len(names))
 
     def tensors(self) -> tuple:
-        "Parameters, gradients and slots: the lists of tensors a step reads"
-        return self.params, self.grads, *self.slots.values()
+        "Parameters, gradients, slots, and what is beside them: the lists of tensors a step reads"
+        return self.params, self.grads, *self.slots.values(), *self.beside.values()
+
+    def stored(self,
+        name:str, # `p`, `g`, or that of a slot
+        i:int, # Position of a parameter
+    ) -> tuple[Format|None, list]: # Its format, and the tensor with those beside it; no format if there are none
+        "How a tensor is stored"
+        t = self.named()[name][i]
+        fmt = ROOTS.get(t.dtype) if name != 'p' else EXACT if LOST in self.beside and self.beside[LOST][i] is not NOTHING else None
+        return fmt, [t, *(self.beside[n][i] for n in fmt.names(name))] if fmt else [t]
+
+    def read(self, name, i) -> Tensor:
+        "A tensor in full"
+        fmt, ts = self.stored(name, i)
+        return fmt.join(*ts) if fmt else ts[0]
+
+    def write(self, name, i, x):
+        "Overwrite a tensor, as it is stored, with numbers"
+        fmt, ts = self.stored(name, i)
+        if fmt: fmt.split(x, *ts)
+        else: overwrite(ts[0], x)
 
     def named(self) -> dict:
         "The same by the names that steppers use"
-        return dict(p=self.params, g=self.grads, **self.slots)
+        return dict(p=self.params, g=self.grads, **self.slots, **self.beside)
 
 # %% ../../nbs/optimizer.batch.ipynb #edbd8774
 def as_number(
@@ -158,7 +187,7 @@ def check_tensors(
     "`RuntimeError` if a gradient or a state tensor does not fit its parameter. State may have another floating point dtype, and a gradient the one that PyTorch allows"
     for p,t,expected in zip(params, tensors, fields):
         if t is None or isinstance(t, Tensor) and _fields(t) == expected: continue
-        if not isinstance(t, Tensor) or not t.is_floating_point() or (t.shape, t.device, t.layout) != (p.shape, p.device, p.layout): _refuse(name, p, t)
+        if not isinstance(t, Tensor) or not (t.is_floating_point() or name != 'gradient' and t.dtype in ROOTS) or (t.shape, t.device, t.layout) != (p.shape, p.device, p.layout): _refuse(name, p, t)
         if name == 'gradient' and getattr(p, 'grad_dtype', p.dtype) not in (t.dtype, None): _refuse(name, p, t) # PyTorch lets users choose the dtype, or any (`None`)
 
 def _refuse(name, p, t):
@@ -198,20 +227,21 @@ def lay_out(
     idxs:list, # Positions of those whose tensors are laid out differently
 ) -> bool: # Was there any such slot?
     "Lay slots out as their parameters are"
-    odd = [(i, t) for i in idxs if is_dense(batch.params[i]) for ts in batch.slots.values() for t in [ts[i]] if t.stride() != batch.params[i].stride()]
+    odd = [(n, i, t) for i in idxs if is_dense(batch.params[i]) for n in ('p', *batch.slots) for t in _owned(batch, n, i) if t.stride() != batch.params[i].stride()]
     shared = set(sharing_memory(*batch.tensors())) if odd else ()
-    odd = [(i, t) for i,t in odd if i not in shared and t.untyped_storage().nbytes() == t.numel()*t.element_size()]
-    for i,t in odd: t.data = torch.empty_like(batch.params[i], dtype=t.dtype).copy_(t)
+    odd = [(n, i, t) for n,i,t in odd if i not in shared and t.untyped_storage().nbytes() == t.numel()*t.element_size()]
+    for n,i,t in odd:
+        x = batch.read(n, i).detach()
+        t.data = torch.empty_like(batch.params[i], dtype=t.dtype)
+        batch.write(n, i, x)
     return bool(odd)
 
-# %% ../../nbs/optimizer.batch.ipynb #47e42eb1
-def overwrite(
-    t:Tensor, # Any tensor
-    x:Tensor, # Of the same shape
-) -> Tensor: # `t`
-    "Copy `x` into `t`. It is converted first: PyTorch copies between float16 and float32 without regard to lazy negation"
-    return t.copy_(x.to(t.dtype))
+def _owned(batch, name, i):
+    "What an optimizer lays out of a tensor as it is stored: a slot, or the lost bits of a parameter"
+    ts = batch.stored(name, i)[1]
+    return ts[1:2] if name == 'p' else ts[:1]
 
+# %% ../../nbs/optimizer.batch.ipynb #47e42eb1
 def copy_like(
     p:Tensor, # A parameter
     name:str, # Name of the state, for the message

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect, math
 from dataclasses import dataclass
 from functools import lru_cache
+from weakref import ref
 
 import numpy as np, torch
 from fastai.optimizer import Optimizer
@@ -16,14 +17,16 @@ from torch import Tensor
 
 from .attach import same_objects, sums_only
 from .batch import RANGES, Batch, as_number, check_batch, check_hyper, check_params, check_tensors, copy_like, describe, fields_of, lay_out, no_such, shards
-from .plan import Engine, Plan, Ran, look, make_plan, run
-from .probe import STRIDES, Probe, sharing_memory
+from .formats import EXACT, NOTHING, ROOTS
+from .plan import Engine, Plan, expected, look, make_plan, run
+from .probe import STRIDES, Probe, is_sharded, sharing_memory
+from .report import Report, bytes_of, formats, row_of, tensors_in
 from .steppers import Composition, Slot, compose, picked, switches
 from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
 # %% auto #0
-__all__ = ['FLOAT32', 'SETS', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in', 'Layout', 'FastOptimizer',
-           'check_common', 'zero_tensors', 'check_k', 'LookaheadMixin']
+__all__ = ['FLOAT32', 'SETS', 'NO_SHARDS', 'COARSE', 'SIGNED', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in',
+           'Layout', 'FastOptimizer', 'check_common', 'Zeroing', 'in_full', 'check_k', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -112,8 +115,9 @@ class Layout:
 # %% ../../nbs/optimizer.core.ipynb #045b34ba
 class FastOptimizer(Optimizer):
     "A fastai `Optimizer` that steps all groups together"
-    _transient = '_layouts', '_layout', '_plans', '_compositions', '_ran', '_cleared', 'attached', 'known', 'sums', 'engine'
+    _transient = '_layouts', '_layout', '_plans', '_compositions', '_ran', '_cleared', '_zeroing', 'attached', 'known', 'sums', 'engine'
     takes_attachments = False # Is there anything to be gained from an `Attachment`?
+    takes_clip_scale = False # Is there something to be gained if the step itself clips, once the norm is known?
     set_to_none = False # Does `zero_grad` leave no gradients, instead of zeros?
     def __init__(self,
         params:Tensor|Iterable, # Model parameters or parameter groups
@@ -147,7 +151,7 @@ class FastOptimizer(Optimizer):
     def forget(self):
         "What can be found again: compositions, layout and plans; and what belongs to one step: attachments, and sums over the model"
         self._layouts, self._layout, self._plans, self._compositions, self._ran = {}, None, {}, {}, None
-        self.attached, self.known, self.sums, self._cleared = {}, {}, {}, None
+        self.attached, self.known, self.sums, self._cleared, self._zeroing = {}, {}, {}, None, None
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in self._transient}
     def __setstate__(self, state):
@@ -175,12 +179,28 @@ class FastOptimizer(Optimizer):
     def engine(self) -> Engine: "What runs everything that no kernel runs"; raise NotImplementedError
 
     slot_dtype = None # Of state tensors, if it is not that of their parameters
+    exact = False # Are the bits kept that bfloat16 parameters lose?
+
+    @property
+    def stores(self): "Is there a format that takes more than one tensor?"; return self.exact or self.slot_dtype == torch.int8
+
     def dtype_of(self,
         p:Tensor, # A parameter
-        slot:Slot, # One of its slots
+        name:str, # Of one of its slots
+        slot:Slot, # What it is
     ) -> torch.dtype:
         "What the slot is kept in. Weights stay as exact as their parameter, and what is lent is not ours"
-        return p.dtype if self.slot_dtype is None or slot.start == 'p' or slot.lent else self.slot_dtype
+        own = torch.float32 if self.is_exact(p) else p.dtype
+        if self.slot_dtype is None or slot.start == 'p' or slot.lent: return own
+        if self.slot_dtype != torch.int8: return self.slot_dtype
+        if p.numel() < COARSE or name in self.spec.fine: return own
+        return torch.int8 if slot.signed else torch.uint8
+
+    def is_exact(self,
+        p:Tensor, # A parameter
+    ) -> bool:
+        "Are the bits kept that it loses?"
+        return self.exact and p.dtype == torch.bfloat16
 
     kernels = None # From the code of a device to an engine with kernels, if these are asked for
 
@@ -263,6 +283,24 @@ def stepping(self:FastOptimizer) -> tuple[Layout, list]: # What is known of them
     return self._layout, grads
 
 @patch
+def beside(self:FastOptimizer,
+    params:list, # Parameters
+    states:list, # Their state dicts
+) -> dict: # Name to a list of tensors
+    "What formats keep beside the tensors of `params`. `NotImplementedError` if they cannot"
+    if any(map(is_sharded, params)): raise NotImplementedError(NO_SHARDS)
+    res, exact = {}, [self.is_exact(p) for p in params]
+    if any(exact): res = {n: [s.get(n) if e else NOTHING for s,e in zip(states, exact)] for n in EXACT.names('p')}
+    for name in self.own_slots:
+        formats = [ROOTS.get(s[name].dtype) if isinstance(s.get(name), Tensor) else None for s in states]
+        for n in SIGNED.names(name) if any(formats) else (): res[n] = [s.get(n) if f else NOTHING for s,f in zip(states, formats)]
+    return res
+
+NO_SHARDS = "`weights='exact'` and `state='int8'` work on parameters that are whole, and these are sharded (`DTensor`): use `state='bfloat16'`, or neither"
+COARSE = 2**12 # Elements of a parameter from which on state may be kept in 8 bits
+SIGNED = ROOTS[torch.int8]
+
+@patch
 def gather(self:FastOptimizer,
     **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
 ) -> Batch:
@@ -273,7 +311,7 @@ def gather(self:FastOptimizer,
     rows = [self.row(composition, *key) for key in layout.rows(composition.counters, facts_in(composition))]
     slots = {n: lent[n] if n in lent else values_of(layout.states, n, None) for n in composition.slots}
     check_common(composition, rows)
-    return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition, self.carried)
+    return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition, self.carried, self.beside(layout.params, layout.states) if self.stores else {})
 
 def check_common(
     composition:Composition, # What is to be done
@@ -285,21 +323,75 @@ def check_common(
 
 # %% ../../nbs/optimizer.core.ipynb #944668fd
 def _start(start, p, dtype):
+    if dtype in ROOTS: start = 0. # for now
     return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(p) if start == 'p' else torch.full_like(p, start, dtype=dtype, requires_grad=False)
 
 @patch
 def init_slots(self:FastOptimizer,
     batch:Batch, # Parameters about to step
 ):
-    "Create the slots that are missing"
+    "Create the slots that are missing, and what is beside them"
+    if self.exact: self.init_exact(batch)
     for name,ts in batch.slots.items():
         if not any(t is None for t in ts): continue
         slot = batch.composition.slots[name]
-        batch.slots[name] = [_start(slot.start, p, self.dtype_of(p, slot)) if t is None else t for p,t in zip(batch.params, ts)]
+        batch.slots[name] = [self.start_of(p, name, slot) if t is None else t for p,t in zip(batch.params, ts)]
     for name,ts in batch.slots.items(): # all are there: none is kept if memory ran out
         if batch.composition.slots[name].lent: continue
         for state,t in zip(batch.states, ts): state.setdefault(name, t)
         batch.slots[name] = [s[name] for s in batch.states] # a parameter that is listed twice has one
+    if self.stores: self.init_beside(batch)
+
+@patch
+def start_of(self:FastOptimizer,
+    p:Tensor, # A parameter
+    name:str, # Of one of its slots
+    slot:Slot, # What it is
+) -> Tensor:
+    "What the slot is at first"
+    return _start(slot.start, self.weights_of(p) if slot.start == 'p' else p, self.dtype_of(p, name, slot))
+
+@patch
+def init_exact(self:FastOptimizer,
+    batch:Batch, # Parameters about to step
+):
+    "Begin to keep lost bits: anew if the parameter has another shape now, and on its device"
+    for p,state in zip(batch.params, batch.states):
+        if not self.is_exact(p): continue
+        start = dict(zip(EXACT.names('p'), EXACT.start(p)))
+        fits = all(isinstance(state.get(n), Tensor) and state[n].shape == t.shape and state[n].dtype == t.dtype for n,t in start.items())
+        state.update({n: state[n].to(p.device) for n in start} if fits else start)
+
+@patch
+def init_beside(self:FastOptimizer,
+    batch:Batch, # Parameters about to step
+):
+    "Create what is missing beside the slots"
+    for name,ts in batch.slots.items():
+        for state,t in zip(batch.states, ts):
+            fmt = ROOTS.get(t.dtype)
+            if fmt is None or batch.composition.slots[name].lent or fmt.names(name)[0] in state: continue
+            state.update(zip(fmt.names(name), fmt.start(t)))
+            if batch.composition.slots[name].start: fmt.split(torch.full_like(t, batch.composition.slots[name].start, dtype=torch.float32), t, *(state[n] for n in fmt.names(name)))
+    batch.beside = self.beside(batch.params, batch.states)
+
+@patch
+def weights_of(self:FastOptimizer,
+    p:Tensor, # A parameter
+) -> Tensor: # `p` itself if it loses nothing
+    "What is stepped: with `weights='exact'` the float32 number that a bfloat16 parameter and its lost bits are together"
+    if not self.is_exact(p): return p
+    kept = [self.state[p].get(n) for n in EXACT.names('p')] if p in self.state else [None]
+    return p.detach().float() if any(t is None for t in kept) else EXACT.join(p, *kept)
+
+@patch
+def write_weights(self:FastOptimizer,
+    p:Tensor, # A parameter
+    x:Tensor, # Its new value
+):
+    "Write a parameter, and the bits that it loses"
+    if not self.is_exact(p): return p.data.copy_(x)
+    EXACT.split(x, p, *(self.state[p].setdefault(n, t) for n,t in zip(EXACT.names('p'), EXACT.start(p))))
 
 @patch
 def plan(self:FastOptimizer,
@@ -345,12 +437,12 @@ def take_step(self:FastOptimizer,
 def ready(self:FastOptimizer,
     **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
 ) -> tuple[Plan, Batch, Probe]|None: # `None` if nothing steps
-    "Gather and plan; what is attached is part of it, if all of it is kernels"
+    "Gather and plan; what is attached is part of it, if all that runs takes it"
     self.attached = {n: a for n,a in self.attached.items() if a.is_wanted}
     batch = self.gather(**lent)
     if not len(batch): return None
     planned = self.plan(batch)
-    if not self.attached or planned[0].is_all_kernels: return planned
+    if not self.attached or planned[0].takes(batch.composition): return planned
     self.set_apart(self.attached)
     return self.plan(self.gather(**lent))
 
@@ -370,23 +462,27 @@ def step_all(self:FastOptimizer):
     if planned: self.take_step(*planned)
 
 @patch
-def backend_report(self:FastOptimizer) -> L: # `Ran` of each parameter
-    "Which parameters ran where in the last step that had any, and why"
-    plan = self._ran
-    if plan is None: return L()
+def backend_report(self:FastOptimizer) -> Report:
+    "Which parameters ran where in the last step that had any, and why, and what their state is kept in; before the first step what is to be expected"
     place = {id(p): (i,j) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)}
-    return L(Ran(*place[id(p)], describe(p), *plan.ran(i)) for i,p in enumerate(plan.params))
+    if self._ran is None:
+        params, when = [p for i,pg in enumerate(self.param_lists) for p in pg if i >= self.frozen_idx or p.requires_grad], 'not stepped yet, expected:'
+        ran = expected([p.to_local() if is_sharded(p) and not self.composition().sums else p for p in params], self.kernels, self.engine)
+    else: params, when, ran = self._ran.params, 'last step:', [self._ran.ran(i) for i in range(len(self._ran.params))]
+    def state(p): return tensors_in(self.state.get(p, {})) or {n: self.dtype_of(p, s) for n,s in self.own_slots.items()}
+    return Report((row_of(place[id(p)], p, state(p), *r) for p,r in zip(params, ran)), f"{self.spec.name} ({type(self).__name__}), {when}")
 
 @patch
 def __repr__(self:FastOptimizer):
-    "What it is, its size and that of its state, the hyperparameters of each group, and where its parameters were stepped"
-    params = [p for pg in self.param_lists for p in pg]
-    state = [t for p in params for t in self.state.get(p, {}).values() if isinstance(t, Tensor)]
-    ran = [r.backend for r in self.backend_report()]
-    lines = [f"{self.spec.name} ({type(self).__name__}): {len(params)} tensors of {sum(p.numel() for p in params):,} elements, "
-             f"{sum(t.numel()*t.element_size() for t in state):,} bytes of state",
+    "What it is, its size and that of its state, formats, the hyperparameters of each group, and where its parameters are stepped"
+    params, report = [p for pg in self.param_lists for p in pg], self.backend_report()
+    slow = [p for pg in getattr(self, 'slow_weights', None) or [] for p in pg]
+    nbytes = bytes_of([*slow, *(t for p in params for t in tensors_in(self.state.get(p, {})).values())])
+    kinds, ran = [f"weights: {o.weights}{o.state and f'; {formats(o.state)}'}" for o in report], report.attrgot('backend')
+    lines = [f"{self.spec.name} ({type(self).__name__}): {len(params)} tensors of {sum(p.numel() for p in params):,} elements, {nbytes:,} bytes of state",
+             *dict.fromkeys(kinds),
              *(f"group {i}: {len(pg)} tensors, {', '.join(f'{k}={v}' for k,v in h.items())}" for i,(pg,h) in enumerate(zip(self.param_lists, self.hypers))),
-             'last step: ' + ', '.join(f'{ran.count(b)} in {b}' for b in dict.fromkeys(ran)) if ran else 'not stepped yet']
+             ('not stepped yet, expected: ' if self._ran is None else 'last step: ') + ', '.join(f'{ran.count(b)} in {b}' for b in dict.fromkeys(ran))]
     return '\n'.join(lines)
 
 # %% ../../nbs/optimizer.core.ipynb #b6c9d58a
@@ -428,16 +524,25 @@ def grad_norm(self:FastOptimizer) -> float|None: # `None` if it is not known, fo
     return norm if norm is None else float(norm)
 
 # %% ../../nbs/optimizer.core.ipynb #dd8bf3de
-def zero_tensors(
-    ts:list, # Gradients
-):
-    "Zero them in place, in one call for each device and dtype"
-    plain = defaultdict(list)
-    for t in ts:
-        if t.requires_grad: t.detach_()
-        if type(t) is Tensor and t.layout is torch.strided: plain[t.device, t.dtype].append(t)
-        else: t.zero_()
-    for group in plain.values(): torch._foreach_zero_(group)
+_any_requires_grad = getattr(torch._C, '_any_requires_grad', lambda *ts: any(t.requires_grad for t in ts))
+
+class Zeroing:
+    "Zeroes gradients in place, in one call for each device and dtype"
+    def __init__(self,
+        ts:list, # Gradients
+    ):
+        self.refs, together, self.others = [ref(t) for t in ts], defaultdict(list), [] # weak ones: whoever drops gradients wants their memory
+        for i,t in enumerate(ts): (together[t.device, t.dtype] if type(t) is Tensor and t.layout is torch.strided else self.others).append(i)
+        self.together = list(together.values())
+
+    def holds(self, ts): "Are these the same gradients?"; return same_objects(ts, [r() for r in self.refs])
+
+    def __call__(self, ts):
+        "Zero them"
+        if _any_requires_grad(*ts):
+            for t in ts: t.requires_grad and t.detach_()
+        for idxs in self.together: torch._foreach_zero_([ts[i] for i in idxs])
+        for i in self.others: ts[i].zero_()
 
 @patch
 def zero_grad(self:FastOptimizer,
@@ -452,15 +557,28 @@ def zero_grad(self:FastOptimizer,
     if cleared and [g._version for g in cleared[0]] == cleared[1]:
         done = set(map(id, cleared[0]))
         grads = [g for g in grads if id(g) not in done]
-    zero_tensors(grads)
+    if self._zeroing is None or not self._zeroing.holds(grads): self._zeroing = Zeroing(grads)
+    self._zeroing(grads)
 
 # %% ../../nbs/optimizer.core.ipynb #4a9cfda8
 @patch
-def state_dict(self:FastOptimizer) -> dict:
+def state_dict(self:FastOptimizer,
+    full:bool=False, # Slots in full, and nothing that only formats need? That is what fastai's own optimizers can load
+) -> dict:
     "State of each parameter and hyperparameters of each group, in plain containers"
     hypers = [{k: v.item() if isinstance(v, np.generic) else v for k,v in h.items()} for h in self.hypers]
     carried = dict(carried={n: float(x) for n,x in self.carried.items()}) if self.composition().carried else {}
-    return dict(state=[dict(self.state[p]) for p in concat(*self.param_lists)], hypers=hypers, **carried)
+    return dict(state=[in_full(self.state[p]) if full else dict(self.state[p]) for p in concat(*self.param_lists)], hypers=hypers, **carried)
+
+def in_full(
+    state:dict, # Of a parameter
+) -> dict:
+    "The state without formats"
+    beside = {*EXACT.names('p'), *_beside_slots(state)}
+    def read(k, v):
+        fmt = ROOTS.get(getattr(v, 'dtype', None))
+        return fmt.join(v, *(state[n] for n in fmt.names(k))) if fmt else v
+    return {k: read(k, v) for k,v in state.items() if k not in beside}
 
 @patch
 def load_state_dict(self:FastOptimizer,
@@ -489,12 +607,41 @@ def loaded(self:FastOptimizer,
             raise ValueError(f"The saved state is of another optimizer: its hyperparameters are {', '.join(sorted(map(str, saved)))}, "
                              f"and those of {self.spec.name} are {', '.join(sorted(own))}")
     state = defaultdict(dict)
-    for p,saved in zip(params, sd['state']): state[p] = {k: self._loaded_item(p, k, v) for k,v in saved.items()}
+    for p,saved in zip(params, sd['state']):
+        state[p] = {}
+        for k,v in saved.items():
+            if k in self.own_slots: state[p].update(self._loaded_slot(p, k, v, saved))
+            elif k in EXACT.names('p'):
+                if self.is_exact(p): state[p][k] = _same_shape(p, k, v, dict(zip(EXACT.names('p'), EXACT.start(p)))[k])
+            elif k not in _beside_slots(saved): state[p][k] = self._loaded_item(p, k, v)
     return state, L(dict(h) for h in sd['hypers'])
+
+def _beside_slots(saved):
+    "Names of what was kept beside slots in 8 bits"
+    return {n for k,v in saved.items() if torch.is_tensor(v) and v.dtype in ROOTS for n in ROOTS[v.dtype].names(k)}
+
+def _same_shape(p, name, value, like):
+    "Fill `like` with `value`, or `ValueError`"
+    if not torch.is_tensor(value) or (value.shape, value.dtype) != (like.shape, like.dtype): raise ValueError(f"The saved '{name}' of a parameter of {describe(p)} is of another model")
+    return like.copy_(value)
+
+@patch
+def _loaded_slot(self:FastOptimizer, p, name, value, saved):
+    "A slot, and what is beside it, in the format that it has here"
+    dtype, saved_as = self.dtype_of(p, name, self.own_slots[name]), ROOTS.get(getattr(value, 'dtype', None))
+    if saved_as:
+        if value.shape != p.shape: copy_like(p, name, value) # raises
+        beside = [_same_shape(p, n, saved.get(n), t) for n,t in zip(saved_as.names(name), saved_as.start(torch.empty_like(value, device=p.device)))]
+        if dtype == value.dtype: return {name: value.detach().to(p.device, copy=True), **dict(zip(saved_as.names(name), beside))}
+        value = saved_as.join(value.to(p.device), *beside)
+    if dtype not in ROOTS: return {name: copy_like(p, name, value, dtype)}
+    t = torch.empty_like(p, dtype=dtype, requires_grad=False)
+    beside = ROOTS[dtype].start(t)
+    ROOTS[dtype].split(copy_like(p, name, value, torch.float32), t, *beside)
+    return {name: t, **dict(zip(ROOTS[dtype].names(name), beside))}
 
 @patch
 def _loaded_item(self:FastOptimizer, p, name, value):
-    if name in self.own_slots: return copy_like(p, name, value, self.dtype_of(p, self.own_slots[name]))
     if name in known_slots():
         raise ValueError(f"The saved state is of another optimizer: it has '{name}', which {self.spec.name}, built as this one is, does not keep")
     counters = self.composition().counters
@@ -530,12 +677,12 @@ class LookaheadMixin:
 
     def step_all(self):
         first = self.slow_weights is None
-        if first: self.slow_weights = L(L(p.detach().clone() for p in pg) for pg in self.param_lists)
+        if first: self.slow_weights = L(L(self.weights_of(p).detach().clone() for p in pg) for pg in self.param_lists)
         try: left = self.step_with(self.slow_pairs() if (self.count+1) % self.k == 0 else [])
         except Exception: # a refused step leaves nothing behind
             if first: self.slow_weights = None
             raise
-        for fast,slow in left: fast.data.copy_(slow.lerp_(fast, self.alpha))
+        for fast,slow in left: self.write_weights(fast, slow.lerp_(self.weights_of(fast), self.alpha))
         self.count += 1
 
     def step_with(self,
@@ -562,9 +709,9 @@ class LookaheadMixin:
         super().clear_state()
         self._init_state()
 
-    def state_dict(self) -> dict:
+    def state_dict(self, full=False) -> dict:
         slow = self.slow_weights if self.slow_weights is None else [list(pg) for pg in self.slow_weights]
-        return {**super().state_dict(), 'count': self.count, 'slow_weights': slow}
+        return {**super().state_dict(full), 'count': self.count, 'slow_weights': slow}
 
     def load_state_dict(self, sd):
         if not {'count', 'slow_weights'} <= set(sd):
@@ -572,7 +719,7 @@ class LookaheadMixin:
         slow = sd['slow_weights']
         if slow is not None:
             if list(map(len, slow)) != list(map(len, self.param_lists)): raise ValueError("The saved 'slow_weights' are of another model")
-            slow = L(L(copy_like(p, 'slow_weights', s) for p,s in zip(pg, slow_pg)) for pg,slow_pg in zip(self.param_lists, slow))
+            slow = L(L(copy_like(p, 'slow_weights', s, torch.float32 if self.is_exact(p) else None) for p,s in zip(pg, slow_pg)) for pg,slow_pg in zip(self.param_lists, slow))
         if not isinstance(sd['count'], int) or sd['count'] < 0: raise ValueError(f"The saved 'count' is a number of steps, and cannot be {sd['count']!r}")
         super().load_state_dict(sd)
         self.count, self.slow_weights = sd['count'], slow

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import hashlib, math, os, threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import llvmlite.ir as ir
@@ -14,6 +15,8 @@ import numba, numba.core.ccallback, numpy as np, torch
 from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
+from .formats import BLOCK, LOST, MIX_1, MIX_2, ROOTS, SMALLEST, top_of
+from .formats import EXACT as EXACT_FORMAT
 from .lists import HostWork, fold_late, needs_late
 from .plan import Engine
 from .pointers import c_function, f64_ptr, i64, i64_ptr, pointer_to, with_cache
@@ -21,9 +24,10 @@ from .probe import DTYPES, Probe
 from .steppers import Stage, called_by, compile_function, with_numbers_in
 
 # %% auto #0
-__all__ = ['FORMATS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'bfloat_to_float',
-           'float_to_bfloat', 'same', 'Format', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive',
-           'Tables', 'NumbaEngine', 'engine', 'Prepared', 'NumbaWork']
+__all__ = ['FORMATS', 'EXACT', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits',
+           'bfloat_to_float', 'float_to_bfloat', 'same', 'Format', 'open_exact', 'close_exact', 'root_format',
+           'formats_of', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables', 'NumbaEngine',
+           'engine', 'Prepared', 'NumbaWork']
 
 # %% ../../nbs/optimizer.cpu.ipynb #034c452c
 @intrinsic
@@ -71,8 +75,11 @@ class Format:
     dtype:torch.dtype # Of the tensors
     store:types.Type # What is in memory
     compute:types.Type # What steppers compute in
-    load:callable=same # From memory
-    save:callable=same # To memory
+    load:Callable=same # From memory
+    save:Callable=same # To memory
+    open:Callable=None # From a piece of memory to what is loaded from, if elements cannot be loaded one by one
+    close:Callable=None # And back
+    beside:tuple=() # Names of the tensors that `open` and `close` take as well, beside this one
 
     @property
     def size(self): return self.store.bitwidth//8
@@ -82,6 +89,121 @@ FORMATS = {f.dtype: f for f in (
     Format(torch.float64, types.float64, types.float64),
     Format(torch.bfloat16, types.uint16, types.float32, bfloat_to_float, float_to_bfloat),
     Format(torch.float16, types.uint16, types.float32, half_to_float, float_to_half))}
+
+# %% ../../nbs/optimizer.cpu.ipynb #bef0cf84
+_mix_1, _mix_2 = np.uint32(MIX_1), np.uint32(MIX_2)
+_block_bits, _all_bits, _no_bits, _nan_bits = np.uint32(16), np.uint32(0xffffffff), np.uint32(0), np.uint32(0x7fc00000)
+
+@_jit
+def _stamp(upper):
+    "The stamp of a block"
+    total = np.uint32(0)
+    for i in range(len(upper)):
+        x = np.uint32(np.uint32(np.uint32(np.uint32(i) << _block_bits) | np.uint32(upper[i]))*_mix_1)
+        total = np.uint32(total + np.uint32(np.uint32(x ^ (x >> np.uint32(15)))*_mix_2))
+    return total
+
+@_jit
+def _join(out, upper, lost, valid):
+    for i in range(len(out)): out[i] = bits_to_float(np.uint32(np.uint32(np.uint32(upper[i]) << _block_bits) + np.uint32(np.uint32(np.int32(lost[i])) & valid)))
+
+@_jit
+def _split(x, upper, lost):
+    for i in range(len(x)):
+        bits = _nan_bits if x[i] != x[i] else float_to_bits(x[i])
+        upper[i] = np.uint16(np.uint32(bits + np.uint32(0x8000)) >> _block_bits)
+        lost[i] = np.int16(bits)
+
+_u16_ptr, _i16_ptr, _u32_ptr = map(pointer_to, (types.uint16, types.int16, types.uint32))
+
+@_jit
+def open_exact(out, upper_at, lost_at, stamps_at, start, n):
+    "Weights with the bits that they lost, where these are of the weights that are there"
+    upper, lost = carray(_u16_ptr(upper_at + 2*start), n), carray(_i16_ptr(lost_at + 2*start), n)
+    stamps = carray(_u32_ptr(stamps_at + 4*(start//BLOCK)), -(-n//BLOCK))
+    for b in range(len(stamps)):
+        i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
+        _join(out[i:j], upper[i:j], lost[i:j], _all_bits if _stamp(upper[i:j]) == stamps[b] else _no_bits)
+
+@_jit
+def close_exact(x, upper_at, lost_at, stamps_at, start, n):
+    "Round weights, and keep what they lose"
+    upper, lost = carray(_u16_ptr(upper_at + 2*start), n), carray(_i16_ptr(lost_at + 2*start), n)
+    stamps = carray(_u32_ptr(stamps_at + 4*(start//BLOCK)), -(-n//BLOCK))
+    for b in range(len(stamps)):
+        i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
+        _split(x[i:j], upper[i:j], lost[i:j])
+        stamps[b] = _stamp(upper[i:j])
+
+@_jit
+def _size(x): return bits_to_float(np.uint32(float_to_bits(x) & np.uint32(0x7fffffff)))
+
+@_jit
+def _greatest(x):
+    "The greatest size in a block. Sizes are in the order of their bits, with NaN at the top"
+    most = np.uint32(0)
+    for i in range(len(x)):
+        bits = np.uint32(float_to_bits(x[i]) & np.uint32(0x7fffffff))
+        most = bits if bits > most else most
+    return bits_to_float(most)
+
+def root_format(
+    dtype:torch.dtype, # Of codes
+) -> Format:
+    "Eight bits of the root of an element's share of the greatest in its block"
+    signed, top, code = dtype == torch.int8, top_of(dtype), types.int8 if dtype == torch.int8 else types.uint8
+    ptr, store, top_sqr, one, two, zero = pointer_to(code), np.int8 if signed else np.uint8, np.float32(top**2), np.float32(1), np.float32(2), np.float32(0)
+    unit, smallest = np.float32(1/top**2), np.float32(SMALLEST)
+
+    @_jit
+    def decode(out, codes, scale):
+        for i in range(len(out)):
+            c = np.float32(codes[i])
+            out[i] = c*_size(c)*scale
+
+    @_jit
+    def encode(x, codes, share):
+        for i in range(len(x)):
+            s = _size(x[i])*share
+            s = s if s <= top_sqr else top_sqr
+            c = np.int32(math.sqrt(s))
+            whole = np.float32(c)
+            chance = bits_to_float(np.uint32(np.uint32(np.uint32(float_to_bits(x[i])*_mix_1) >> np.uint32(9)) | np.uint32(0x3f800000))) - one
+            c = np.int32(c + np.int32(chance*(two*whole + one) < s - whole*whole))
+            if signed: c = np.int32(-c) if x[i] < zero else c
+            else: c = np.int32(1) if c == np.int32(0) and x[i] > zero else c
+            codes[i] = store(c)
+
+    @_jit
+    def open_root(out, at, scales_at, start, n):
+        codes, scales = carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
+        for b in range(len(scales)):
+            i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
+            decode(out[i:j], codes[i:j], scales[b]*unit)
+
+    @_jit
+    def close_root(x, at, scales_at, start, n):
+        codes, scales = carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
+        for b in range(len(scales)):
+            i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
+            scale = _greatest(x[i:j])
+            scales[b] = smallest if scale < smallest else scale
+            encode(x[i:j], codes[i:j], top_sqr/scales[b])
+
+    return Format(dtype, types.float32, types.float32, open=open_root, close=close_root)
+
+_f32_ptr = pointer_to(types.float32)
+
+EXACT = Format(torch.bfloat16, types.float32, types.float32, open=open_exact, close=close_exact)
+FORMATS.update({d: root_format(d) for d in ROOTS})
+
+def formats_of(
+    dtypes:dict, # Name of each tensor of a parameter to its dtype; `None` if it has none
+) -> tuple: # `None` for what is beside others
+    "The format of each tensor"
+    formats = {n: (EXACT, EXACT_FORMAT) if n == 'p' and dtypes.get(LOST) else (FORMATS.get(d), ROOTS.get(d)) for n,d in dtypes.items()}
+    beside = {o for n,(_,fmt) in formats.items() if fmt for o in fmt.names(n)}
+    return tuple(None if n in beside or f is None else replace(f, beside=fmt.names(n)) if fmt else f for n,(f,fmt) in formats.items())
 
 # %% ../../nbs/optimizer.cpu.ipynb #f6cbea3b
 _step_source = '''
@@ -111,6 +233,19 @@ def {name}(_tensors, _start, _n, _row, _out):
     _sums = carray(f64_ptr(_out), {n_sums})
     {leave}
 '''
+_pieces_source = '''
+def {name}(_tensors, _start, _n, _row, _out):
+    _at, _values = carray(i64_ptr(_tensors), {n_tensors}), carray(scalars_at(_row), {n_scalars})
+    {scalars}
+    _end = _start + _n
+    for _start in range(_start, _end, 512):
+        {arrays}
+        for _i in range(min(512, _end - _start)):
+            {loads}
+            {lines}
+            {stores}
+        {close}
+'''
 
 def chunk_source(
     stage:Stage, # What to do
@@ -120,18 +255,22 @@ def chunk_source(
     name:str='chunk', # Name of the function
 ) -> str:
     "Source of the function that runs `stage` over consecutive elements"
-    def each(xs, s, sep='\n'): return sep.join(s.format(x, k=k, size=formats[tensors.index(x)].size if x in tensors else 0) for k,x in enumerate(xs))
     def block(text, indent): return text.replace('\n', '\n' + ' '*indent)
     at = {x: tensors.index(x) for x in stage.tensors}
-    length = '_end - _start' if stage.sums else '_n'
+    opened = {x: f'_{x}, _at[{k}], ' + ''.join(f'_at[{tensors.index(n)}], ' for n in formats[k].beside) + '_start, min(512, _end - _start)' for x,k in at.items() if formats[k].open}
+    length = '_end - _start' if stage.sums or opened else '_n'
+    def array(x, k): return f'_{x} = carray(elements_{k}(_at[{k}] + _start*{formats[k].size}), {length})' if x not in opened else f'open_{k}({opened[x]})'
     parts = dict(
         name=name, n_tensors=len(tensors), n_scalars=len(row), n_sums=len(stage.sums),
-        scalars=block('\n'.join(f'{x} = _values[{row.index(x)}]' for x in stage.scalars) or 'pass', 4),
-        arrays='\n'.join(f'_{x} = carray(elements_{k}(_at[{k}] + _start*{formats[k].size}), {length})' for x,k in at.items()),
+        scalars=block('\n'.join([f'{x} = _values[{row.index(x)}]' for x in stage.scalars] + [f'_{x} = empty(512, float32)' for x in opened]) or 'pass', 4),
+        arrays='\n'.join(array(x, k) for x,k in at.items()),
         loads='\n'.join(f'{x} = load_{k}(_{x}[_i])' for x,k in at.items()),
         lines='\n'.join(with_numbers_in(l) for l in stage.lines))
     if not stage.sums:
         parts.update(stores='\n'.join([f'_{x}[_i] = save_{tensors.index(x)}({x})' for x in stage.gives] + ['_g[_i] = save_1(zero)']*stage.clears))
+        if opened:
+            parts['close'] = '\n'.join(f'close_{at[x]}({opened[x]})' for x in stage.gives if x in opened) or 'pass'
+            return _pieces_source.format(**{k: block(v, 8 if k in ('arrays', 'close') else 12) if k in ('arrays', 'close', 'loads', 'lines', 'stores') else v for k,v in parts.items()})
         return _step_source.format(**{k: block(v, 4 if k == 'arrays' else 8) if k in ('arrays', 'loads', 'lines', 'stores') else v for k,v in parts.items()})
     sums = stage.gives
     parts.update(
@@ -169,13 +308,13 @@ def compiled(
 ) -> numba.core.ccallback.CFunc:
     "The chunk function of `stage`"
     real = real_of(formats)
-    dtypes = [str(f.dtype)[6:] for f in formats]
+    dtypes = [str(f.dtype)[6:] for f in formats if f]
     digest = hashlib.sha256((repr(dtypes) + chunk_source(stage, formats, tensors, row) + ''.join(map(_sources, stage.functions.values()))).encode()).hexdigest()[:12]
     name = f"{stage.name}_{'_'.join(dict.fromkeys(dtypes))}_{digest}"
     math = math_in(real)
     env = {**math, **{n: compile_function(f, math, _jit) for n,f in stage.functions.items()},
-           **{f'{what}_{k}': x for k,f in enumerate(formats) for what,x in zip(('load', 'save', 'elements'), (*_in(f, real), _elements(f.store)))},
-           **dict(carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr, scalars_at=_elements(numba.from_dtype(np.dtype(real))), zero=real(0), __name__=__name__)}
+           **{f'{what}_{k}': x for k,f in enumerate(formats) if f for what,x in zip(('load', 'save', 'open', 'close', 'elements'), (*_in(f, real), f.open, f.close, _elements(f.store)))},
+           **dict(empty=np.empty, float32=np.float32, carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr, scalars_at=_elements(numba.from_dtype(np.dtype(real))), zero=real(0), __name__=__name__)}
     exec(compile(chunk_source(stage, formats, tensors, row, name), __file__, 'exec'), env)
     fastmath = {'contract', 'reassoc'} if stage.sums else {'contract'}
     return with_cache(lambda cache: cfunc(types.void(*[i64]*5), cache=cache, error_model='numpy', fastmath=fastmath)(env[name]))
@@ -186,7 +325,7 @@ def real_of(
     formats:tuple, # `Format` of each tensor of a parameter
 ) -> type:
     "NumPy's type of what is computed with: that of the widest tensor"
-    return np.float64 if any(f.compute == types.float64 for f in formats) else np.float32
+    return np.float64 if any(f and f.compute == types.float64 for f in formats) else np.float32
 
 def _in(fmt, real):
     "How a tensor is loaded and saved where all is computed in `real`"
@@ -209,7 +348,7 @@ def _drive(fn, table, first, chunks, rows, row_ids, out):
 def driver(
     parallel:bool, # On all threads, or on one?
     dtype:np.dtype, # Of the scalars
-) -> callable:
+) -> Callable:
     "The compiled `_drive`"
     sig = types.void(i64, i64[:,::1], i64, i64[:,::1], numba.from_dtype(dtype)[:,::1], i64[::1], types.float64[:,::1])
     drive = type(_drive)(_drive.__code__, globals(), '_drive')
@@ -269,7 +408,7 @@ class Prepared(Tables):
     "What is the same in all steps that look alike: the chunks, and the compiled functions"
     def __init__(self, batch, seen, idxs):
         super().__init__(seen.sizes, idxs)
-        composition, formats = batch.composition, tuple(FORMATS[DTYPES[d]] for d in seen.dtypes[idxs[0]].tolist())
+        composition, formats = batch.composition, formats_of({n: DTYPES[d] for n,d in zip(batch.named(), seen.dtypes[idxs[0]].tolist())})
         self.real = real_of(formats)
         self.late = {stage: tuple(n for n in stage.scalars if n not in composition.row) for stage in composition.stages} # in a row, after the others
         self.functions = {stage: compiled(stage, formats, tuple(batch.named()), composition.row + late).address for stage,late in self.late.items()}

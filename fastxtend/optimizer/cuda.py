@@ -14,6 +14,7 @@ import numpy as np, torch, triton
 import triton.language as tl
 from torch import Tensor
 
+from .formats import BLOCK, LOST, MIX_1, MIX_2, ROOTS, SMALLEST
 from .plan import Engine, Work
 from .probe import DTYPES, Probe
 from .steppers import Composition, Line, Stage, call_names, compile_stage
@@ -22,8 +23,8 @@ if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 5): raise ImportErro
 
 # %% auto #0
 __all__ = ['WARPS', 'MOST', 'OPTIONS', 'FORMATS', 'CHANGED', 'triton_stage', 'triton_late', 'sums_before', 'step_kernel',
-           'sums_kernel', 'Format', 'format_of', 'constants', 'make_chunks', 'upload', 'Tables', 'TritonEngine',
-           'engine', 'TritonWork', 'MachineCode', 'compile_ahead']
+           'sums_kernel', 'Format', 'format_of', 'beside_of', 'constants', 'make_chunks', 'upload', 'Tables',
+           'TritonEngine', 'engine', 'TritonWork', 'MachineCode', 'compile_ahead']
 
 # %% ../../nbs/optimizer.cuda.ipynb #e54c0b8b
 @triton.jit
@@ -128,30 +129,119 @@ def _inside(at, size, BLOCK:tl.constexpr):
     return tl.arange(0, BLOCK) < tl.minimum(size - at, BLOCK).to(tl.int32)
 
 @triton.jit
-def _load_block(pointers, mask, n:tl.constexpr, compute:tl.constexpr):
+def _load_block(param, at, size, pointers, mask, n:tl.constexpr, compute:tl.constexpr, beside:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
     "A block of the first `n` tensors"
     values = ()
-    for i in tl.static_range(n): values = values + (tl.load(pointers[i], mask=mask).to(compute),)
+    for i in tl.static_range(n):
+        if beside[i] and i == 0: values = values + (_open_exact(param, at, size, pointers[0], mask, beside[0], BLOCK, masked).to(compute),)
+        elif beside[i]: values = values + (_open_root(param, at, size, pointers[i], mask, beside[i], BLOCK).to(compute),)
+        else: values = values + (tl.load(pointers[i], mask=mask).to(compute),)
     return values
+
+# %% ../../nbs/optimizer.cuda.ipynb #f945ba59
+_mix_1, _mix_2, _per_stamp = tl.constexpr(MIX_1), tl.constexpr(MIX_2), tl.constexpr(BLOCK)
+
+@triton.jit
+def _stamps(upper, mask, BLOCK:tl.constexpr, masked:tl.constexpr):
+    "The stamps of the weights of a block, of which these are the upper halves"
+    nth = (tl.arange(0, BLOCK) % _per_stamp).to(tl.uint32)
+    x = ((nth << 16) | upper)*_mix_1
+    x = (x ^ (x >> 15))*_mix_2
+    if masked: x = tl.where(mask, x, 0)
+    return tl.sum(tl.reshape(x, (BLOCK//_per_stamp, _per_stamp)), axis=1)
+
+@triton.jit
+def _word_pointers(param, at, size, position:tl.constexpr, dtype:tl.constexpr, BLOCK:tl.constexpr):
+    "Where the words of a block are, in the tensor at `position`, and which of them are there"
+    nth = tl.arange(0, BLOCK//_per_stamp)
+    return tl.load(param + position).to(tl.pointer_type(dtype)) + at//_per_stamp + nth, nth*_per_stamp < tl.minimum(size - at, BLOCK).to(tl.int32)
+
+@triton.jit
+def _for_each(words, BLOCK:tl.constexpr):
+    "The word of its block, for each element"
+    return tl.reshape(tl.broadcast_to(words[:, None], (BLOCK//_per_stamp, _per_stamp)), (BLOCK,))
+
+@triton.jit
+def _lost_pointers(param, at, exact:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
+    pointer = tl.load(param + exact).to(tl.pointer_type(tl.int16)) + at
+    if not masked: pointer = tl.multiple_of(pointer, 16)
+    return pointer + tl.arange(0, BLOCK)
+
+@triton.jit
+def _open_exact(param, at, size, pointers, mask, exact:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
+    "Weights with the bits that they lost, where these are of the weights that are there"
+    upper = tl.load(pointers, mask=mask).to(tl.uint16, bitcast=True).to(tl.uint32)
+    lost = tl.load(_lost_pointers(param, at, exact, BLOCK, masked), mask=mask).to(tl.int32).to(tl.uint32, bitcast=True)
+    stamps, there = _word_pointers(param, at, size, exact + 1, tl.uint32, BLOCK)
+    valid = tl.where(_stamps(upper, mask, BLOCK, masked) == tl.load(stamps, mask=there), 0xffffffff, 0).to(tl.uint32)
+    return ((upper << 16) + (lost & _for_each(valid, BLOCK))).to(tl.float32, bitcast=True)
+
+@triton.jit
+def _close_exact(param, at, size, pointers, mask, x, exact:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
+    "Round weights, and keep what they lose"
+    x = x.to(tl.float32)
+    bits = tl.where(x != x, 0x7fc00000, x.to(tl.uint32, bitcast=True))
+    upper = (bits + 0x8000) >> 16
+    tl.store(pointers, upper.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    tl.store(_lost_pointers(param, at, exact, BLOCK, masked), bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
+    stamps, there = _word_pointers(param, at, size, exact + 1, tl.uint32, BLOCK)
+    tl.store(stamps, _stamps(upper, mask, BLOCK, masked), mask=there)
+
+# %% ../../nbs/optimizer.cuda.ipynb #5fbe09c3
+_smallest = tl.constexpr(SMALLEST)
+
+@triton.jit
+def _open_root(param, at, size, pointers, mask, position:tl.constexpr, BLOCK:tl.constexpr):
+    "The numbers that codes stand for"
+    codes = tl.load(pointers, mask=mask)
+    top:tl.constexpr = 127. if codes.dtype == tl.int8 else 255.
+    scales, there = _word_pointers(param, at, size, position, tl.float32, BLOCK)
+    codes = codes.to(tl.float32)
+    return codes*tl.abs(codes)*_for_each(tl.load(scales, mask=there)*(1/(top*top)), BLOCK)
+
+@triton.jit
+def _close_root(param, at, size, pointers, mask, x, signed:tl.constexpr, position:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
+    "Codes and scales for the numbers `x`"
+    x = x.to(tl.float32)
+    if masked: x = tl.where(mask, x, 0.)
+    top:tl.constexpr = 127. if signed else 255.
+    bits = x.to(tl.uint32, bitcast=True)
+    sizes = bits & 0x7fffffff
+    greatest = tl.max(tl.reshape(sizes.to(tl.int32), (BLOCK//_per_stamp, _per_stamp)), axis=1).to(tl.float32, bitcast=True)
+    greatest = tl.where(greatest < _smallest, _smallest, greatest)
+    shares = sizes.to(tl.float32, bitcast=True)*_for_each(top*top/greatest, BLOCK)
+    shares = tl.where(shares <= top*top, shares, top*top)
+    codes = tl.sqrt(shares).to(tl.int32)
+    whole = codes.to(tl.float32)
+    chance = (((bits*_mix_1) >> 9) | 0x3f800000).to(tl.float32, bitcast=True) - 1.
+    codes += (chance*(2*whole + 1) < shares - whole*whole).to(tl.int32)
+    if signed: codes = tl.where(x < 0, -codes, codes).to(tl.int8)
+    else: codes = tl.where((codes == 0) & (x > 0), 1, codes).to(tl.uint8)
+    tl.store(pointers, codes, mask=mask)
+    scales, there = _word_pointers(param, at, size, position, tl.float32, BLOCK)
+    tl.store(scales, greatest, mask=there)
 
 # %% ../../nbs/optimizer.cuda.ipynb #c641f914
 @triton.jit
 def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, writes:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
-                BLOCK:tl.constexpr, masked:tl.constexpr, clear:tl.constexpr):
+                beside:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr, clear:tl.constexpr):
     "Run `stage` on a block"
     mask = _inside(at, size, BLOCK) if masked else None
     pointers = _pointers(param, at, n, dtypes, BLOCK, masked)
-    new = stage(*_load_block(pointers, mask, n, compute), *scalars)
-    tl.store(pointers[0], new[0].to(dtypes[0]), mask=mask)
+    new = stage(*_load_block(param, at, size, pointers, mask, n, compute, beside, BLOCK, masked), *scalars)
+    if beside[0]: _close_exact(param, at, size, pointers[0], mask, new[0], beside[0], BLOCK, masked)
+    else: tl.store(pointers[0], new[0].to(dtypes[0]), mask=mask)
     for i in tl.static_range(2, n):
-        if (writes >> i) & 1: tl.store(pointers[i], new[i-1].to(dtypes[i]), mask=mask)
+        if (writes >> i) & 1:
+            if beside[i]: _close_root(param, at, size, pointers[i], mask, new[i-1], dtypes[i] == tl.int8, beside[i], BLOCK, masked)
+            else: tl.store(pointers[i], new[i-1].to(dtypes[i]), mask=mask)
     if clear: tl.store(pointers[1], tl.zeros((BLOCK,), dtypes[1]), mask=mask)
 
 @triton.jit
 def _step_either(param, at, size, aligned, scalars, stage:tl.constexpr, n:tl.constexpr, writes:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
-                 BLOCK:tl.constexpr, clear:tl.constexpr):
-    if aligned & (at + BLOCK <= size): _step_block(param, at, size, scalars, stage, n, writes, dtypes, compute, BLOCK, False, clear)
-    else: _step_block(param, at, size, scalars, stage, n, writes, dtypes, compute, BLOCK, True, clear)
+                 beside:tl.constexpr, BLOCK:tl.constexpr, clear:tl.constexpr):
+    if aligned & (at + BLOCK <= size): _step_block(param, at, size, scalars, stage, n, writes, dtypes, compute, beside, BLOCK, False, clear)
+    else: _step_block(param, at, size, scalars, stage, n, writes, dtypes, compute, beside, BLOCK, True, clear)
 
 @triton.jit
 def _sums(partials, totals, first, count, n_chunks, n:tl.constexpr, models:tl.constexpr, MOST:tl.constexpr):
@@ -198,6 +288,8 @@ def step_kernel(
     clear:tl.constexpr, # Zero the gradients?
     dtypes:tl.constexpr, # Of each tensor
     compute:tl.constexpr, # What steppers compute in
+    n_own_tensors:tl.constexpr, # Those that steppers know; others are beside them
+    beside:tl.constexpr, # For each tensor, where those beside it begin, or 0
     BLOCK:tl.constexpr, # Elements of a block
     MOST:tl.constexpr, # Most chunks of a parameter if there are sums
 ):
@@ -205,7 +297,7 @@ def step_kernel(
     param, size, length, first, row, aligned = _find_chunk(entries, owners, tl.program_id(0), n_tensors)
     start = (tl.program_id(0) - first)*length
     scalars = _load_all(rows + row*n_row, n_row) + _carried(carried, n_carried, compute)
-    if late is None: _step_either(param, start, size, aligned, scalars, stage, n_tensors, writes, dtypes, compute, BLOCK, clear)
+    if late is None: _step_either(param, start, size, aligned, scalars, stage, n_own_tensors, writes, dtypes, compute, beside, BLOCK, clear)
     else:
         values = late(*_sums(partials, totals, first, tl.cdiv(size, length), tl.num_programs(0), n_sums, models, MOST), *scalars)
         if n_carried: _carry(carried + n_carried, values, carry, n_carried)
@@ -213,7 +305,7 @@ def step_kernel(
             if tl.program_id(0) == first: _keep(kept, tl.load(param + n_tensors + 4), values, keep)
         scalars = scalars + values
         for at in tl.range(start, tl.minimum(start + length, size), BLOCK, disable_licm=True):
-            _step_either(param, at, size, aligned, scalars, stage, n_tensors, writes, dtypes, compute, BLOCK, clear)
+            _step_either(param, at, size, aligned, scalars, stage, n_own_tensors, writes, dtypes, compute, beside, BLOCK, clear)
 
 @triton.jit
 def _keep(kept, position, values, keep:tl.constexpr):
@@ -224,10 +316,10 @@ def _keep(kept, position, values, keep:tl.constexpr):
 # %% ../../nbs/optimizer.cuda.ipynb #645515f4
 @triton.jit
 def _terms(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, n_own:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
-           BLOCK:tl.constexpr, masked:tl.constexpr):
+           beside:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
     "What is to be added up of a block, and zero outside of the tensor"
     mask = _inside(at, size, BLOCK) if masked else None
-    found = stage(*_load_block(_pointers(param, at, n, dtypes, BLOCK, masked), mask, n, compute), *scalars)
+    found = stage(*_load_block(param, at, size, _pointers(param, at, n, dtypes, BLOCK, masked), mask, n, compute, beside, BLOCK, masked), *scalars)
     terms = ()
     for i in tl.static_range(n_own): terms = terms + (tl.where(mask, found[i], 0.).to(compute) if masked else found[i].to(compute),)
     return terms
@@ -241,7 +333,7 @@ def _add_each(a, b, n:tl.constexpr):
 @triton.jit
 def _sum_chunk(entries, owners, rows, partials, totals, carried, chunk, n_chunks, stage:tl.constexpr, late:tl.constexpr, n_tensors:tl.constexpr, n_read:tl.constexpr,
                n_row:tl.constexpr, n_sums:tl.constexpr, n_own:tl.constexpr, models:tl.constexpr, n_carried:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
-               BLOCK:tl.constexpr, MOST:tl.constexpr):
+               beside:tl.constexpr, BLOCK:tl.constexpr, MOST:tl.constexpr):
     "Add up what `stage` gives over one chunk, in blocks"
     param, size, length, first, row, aligned = _find_chunk(entries, owners, chunk, n_tensors)
     start = (chunk - first)*length
@@ -250,8 +342,8 @@ def _sum_chunk(entries, owners, rows, partials, totals, carried, chunk, n_chunks
     added = ()
     for i in tl.static_range(n_own): added = added + (tl.zeros((BLOCK,), compute),)
     for at in tl.range(start, tl.minimum(start + length, size), BLOCK, disable_licm=True):
-        if aligned & (at + BLOCK <= size): terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtypes, compute, BLOCK, masked=False)
-        else: terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtypes, compute, BLOCK, masked=True)
+        if aligned & (at + BLOCK <= size): terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtypes, compute, beside, BLOCK, masked=False)
+        else: terms = _terms(param, at, size, scalars, stage, n_read, n_own, dtypes, compute, beside, BLOCK, masked=True)
         added = _add_each(added, terms, n_own)
     return added
 
@@ -282,6 +374,7 @@ def sums_kernel(
     n_carried:tl.constexpr, # Scalars that are carried
     dtypes:tl.constexpr, # Of each tensor
     compute:tl.constexpr, # What steppers compute in
+    beside:tl.constexpr, # For each tensor, where those beside it begin, or 0
     BLOCK:tl.constexpr, # Elements of a block
     MOST:tl.constexpr, # Most chunks of a parameter
 ):
@@ -291,14 +384,14 @@ def sums_kernel(
         carried = carried + n_carried
     if (models >> n_sums) == 0:
         added = _sum_chunk(entries, owners, rows, partials, totals, carried, tl.program_id(0), n_chunks, stage, late, n_tensors, n_read, n_row, n_sums, n_own, models,
-                           n_carried, dtypes, compute, BLOCK, MOST)
+                           n_carried, dtypes, compute, beside, BLOCK, MOST)
         _leave_sums(partials, tl.program_id(0), n_chunks, added, n_sums, n_own)
     else:
         found = ()
         for i in tl.static_range(n_own): found = found + (tl.zeros((BLOCK,), compute),)
         for chunk in tl.range(tl.program_id(0), n_chunks, MOST):
             added = _sum_chunk(entries, owners, rows, partials, totals, carried, chunk, n_chunks, stage, late, n_tensors, n_read, n_row, n_sums, n_own, models,
-                               n_carried, dtypes, compute, BLOCK, MOST)
+                               n_carried, dtypes, compute, beside, BLOCK, MOST)
             if ((models >> n_sums) + 1) >> n_own == 0: _leave_sums(partials, chunk, n_chunks, added, n_sums, n_own) # some are over tensors
             found = _add_each(found, added, n_own)
         for i in tl.static_range(n_own):
@@ -325,26 +418,39 @@ def format_of(
 
 def _named(module, dtype): return getattr(module, str(dtype).replace('torch.', ''))
 
+def _pointed(dtype): return _named(tl, dtype or torch.uint8) # nothing is pointed at, if there is none
+
 def _bits(flags): return sum(1 << i for i,f in enumerate(flags) if f)
+
+def beside_of(
+    composition:Composition, # Of the step
+    dtypes:tuple, # Of all tensors
+    others:tuple, # Names of the last of them, which are beside others
+) -> tuple:
+    "For each tensor that steppers know, where those beside it begin, or 0"
+    names, known = ('p', 'g', *composition.slots), dict(zip(others, range(len(dtypes) - len(others), len(dtypes))))
+    exact = known[LOST] if LOST in known and dtypes[known[LOST]] else 0
+    return tuple(exact if n == 'p' else known[ROOTS[d].names(n)[0]] if d in ROOTS else 0 for n,d in zip(names, dtypes))
 
 @lru_cache(None)
 def constants(
     composition:Composition, # Of the step
     at:int, # Position of a stage
-    dtypes:torch.dtype|tuple, # Of all tensors, or of each
+    dtypes:torch.dtype|tuple, # Of all tensors, or of each, with those that are beside them (`None` where there is nothing)
+    others:tuple=(), # Names of those that are beside them
 ) -> dict:
     "Constants of `step_kernel`, or of `sums_kernel` if the stage adds up"
-    stage, before, n_tensors = composition.stages[at], sums_before(composition, at), 2 + len(composition.slots)
-    if isinstance(dtypes, torch.dtype): dtypes = (dtypes,)*n_tensors
+    stage, before, n_own_tensors = composition.stages[at], sums_before(composition, at), 2 + len(composition.slots)
+    if isinstance(dtypes, torch.dtype): dtypes = (dtypes,)*n_own_tensors
     fmt = format_of(dtypes)
     f, n_read = triton_stage(composition, at)
-    common = dict(stage=f, late=triton_late(composition, at), n_tensors=n_tensors, n_row=len(composition.row), n_sums=len(before),
-                  models=_bits(composition.sums[n].over == 'model' for n in (*before, *stage.sums)), n_carried=len(composition.carried), dtypes=tuple(_named(tl, d) for d in dtypes), compute=_named(tl, fmt.compute),
+    common = dict(stage=f, late=triton_late(composition, at), n_tensors=len(dtypes), beside=beside_of(composition, dtypes, others), n_row=len(composition.row), n_sums=len(before),
+                  models=_bits(composition.sums[n].over == 'model' for n in (*before, *stage.sums)), n_carried=len(composition.carried), dtypes=tuple(map(_pointed, dtypes)), compute=_named(tl, fmt.compute),
                   BLOCK=fmt.block, MOST=MOST)
     if stage.sums: return dict(common, n_read=n_read, n_own=len(stage.gives))
     late = [f.name for f in stage.late]
     return dict(common, carry=tuple(late.index(c.of) for c in composition.carried.values()), keep=_bits(f.keep for f in stage.late),
-                writes=_bits(n in stage.gives for n in ('p', 'g', *composition.slots)), clear=stage.clears)
+                writes=_bits(n in stage.gives for n in ('p', 'g', *composition.slots)), clear=stage.clears, n_own_tensors=n_own_tensors)
 
 # %% ../../nbs/optimizer.cuda.ipynb #2f20148a
 def make_chunks(
@@ -473,7 +579,7 @@ class TritonWork(Work):
         fmt = format_of(dtypes)
         new = tables.owners is None
         if new and tables.capturing: raise RuntimeError("A step can be captured in a CUDA graph only after at least one step that was not captured")
-        self.constants = {s: constants(composition, at, dtypes) for at,s in enumerate(composition.stages)}
+        self.constants = {s: constants(composition, at, dtypes, tuple(batch.beside)) for at,s in enumerate(composition.stages)}
         with self.on_device():
             tables.cut(fmt, dtypes[0], composition)
             tables.bring(batch.carry())

@@ -22,8 +22,8 @@ from .table import OPTIMIZERS, OptimizerSpec
 from .torchscript import JitLookahead, JitOptimizer
 
 # %% auto #0
-__all__ = ['FLAGS', 'BACKENDS', 'STATES', 'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead', 'backend_of', 'build',
-           'arguments_of', 'optimizer', 'OptFunc', 'helper', 'helper_of']
+__all__ = ['FLAGS', 'BACKENDS', 'STATES', 'WEIGHTS', 'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead', 'backend_of',
+           'build', 'arguments_of', 'optimizer', 'OptFunc', 'helper', 'helper_of']
 
 # %% ../../nbs/optimizer.declare.ipynb #60457e48
 class StepperOptimizer(FastOptimizer):
@@ -41,12 +41,14 @@ def _flags(
     foreach:bool=False, # Step all parameters together, with `torch._foreach_*`
     jit:bool=False, # Step with a TorchScript function
     fused:bool=False, # Step in one kernel, compiled for the CPU (Numba) or a GPU (Triton)
-    state:str=None, # With `fused`: keep state tensors in 'bfloat16', which is half of float32
+    state:str=None, # With `fused`: keep state tensors in 'bfloat16', which is half of float32, or 'int8', a quarter
+    weights:str=None, # With `fused`: 'exact' keeps what bfloat16 parameters lose by rounding, so that they are stepped as float32 ones
 ): "The arguments that every constructor has"
 
 FLAGS = tuple(inspect.signature(_flags).parameters)
-BACKENDS = tuple(n for n in FLAGS if n != 'state')
-STATES = dict(bfloat16=torch.bfloat16) # What state can be kept in, if not in the dtype of its parameters
+BACKENDS = tuple(n for n in FLAGS if n not in ('state', 'weights'))
+STATES = dict(bfloat16=torch.bfloat16, int8=torch.int8) # What state can be kept in, if not in the dtype of its parameters
+WEIGHTS = dict(exact=True)
 
 def backend_of(
     flags:dict, # Arguments of a constructor
@@ -57,6 +59,9 @@ def backend_of(
     state = flags.get('state')
     if state is not None and not (isinstance(state, str) and state in STATES): raise ValueError(f"`state` is {' or '.join(map(repr, STATES))}, or `None` for the dtype of the parameters, and not {state!r}")
     if state is not None and asked != ['fused']: raise ValueError(f"Only kernels keep state in another dtype: use `fused=True` with `state={state!r}`")
+    weights = flags.get('weights')
+    if weights is not None and not (isinstance(weights, str) and weights in WEIGHTS): raise ValueError(f"`weights` is {' or '.join(map(repr, WEIGHTS))}, or `None` for what is in the parameters, and not {weights!r}")
+    if weights is not None and asked != ['fused']: raise ValueError(f"Only kernels keep what bfloat16 parameters lose: use `fused=True` with `weights={weights!r}`")
     return only(asked) if asked else None
 
 def build(
@@ -64,6 +69,7 @@ def build(
     params, lr, decouple_wd, # As of its constructor
     backend:str|None=None, # One of `BACKENDS`, or `None`
     state:str|None=None, # One of `STATES`, or `None`
+    weights:str|None=None, # One of `WEIGHTS`, or `None`
     **arguments, # The other arguments of its constructor
 ) -> Optimizer:
     "The optimizer on a backend. `NotImplementedError` if `jit` is asked for and there is no script"
@@ -73,7 +79,7 @@ def build(
     lookahead = {n: options.pop(n) for n in LOOKAHEAD if spec.has_lookahead and n in options}
     kwargs = dict(lr=lr, decouple_wd=decouple_wd, options=options, **lookahead, **hypers)
     if backend is None: return (StepperLookahead if spec.has_lookahead else StepperOptimizer)(params, spec, **kwargs)
-    if backend == 'fused': return (FusedLookahead if spec.has_lookahead else FusedOptimizer)(params, spec, slot_dtype=STATES.get(state), **kwargs)
+    if backend == 'fused': return (FusedLookahead if spec.has_lookahead else FusedOptimizer)(params, spec, slot_dtype=STATES.get(state), exact=WEIGHTS.get(weights, False), **kwargs)
     if backend == 'jit':
         if spec.jit is None: raise NotImplementedError(f"{spec.name} has no TorchScript step, for TorchScript is deprecated and fuses little. Use `fused=True` or `foreach=True`")
         return (JitLookahead if spec.has_lookahead else JitOptimizer)(params, opt_step=unwrapped(spec.jit), **kwargs)
@@ -122,6 +128,7 @@ def optimizer(
     hypers:dict=None, # Hyperparameters that are no arguments
     lr:float=None, # A learning rate to begin with, if it is not fastai's 1e-3: `Learner` takes it from what the helper returns
     fixed:tuple=(), # Names of hyperparameters that do not change, whatever a schedule says
+    fine:tuple=(), # Names of slots that 8 bits would harm
     check:Callable=None, # Raises if a `Batch` cannot be stepped now, if there is more to check than for every optimizer
 ) -> Callable:
     "Decorates the constructor of an optimizer: a function with fastai's arguments that returns a list of steppers"
@@ -136,7 +143,7 @@ def optimizer(
         constructor.__signature__ = inspect.Signature(params + _parameters(_flags), return_annotation=inspect.signature(body).return_annotation)
         constructor.__delwrap__ = _flags
         spec = OptimizerSpec(name, _body_of(body), {**{k: v for k,v in defaults.items() if k not in options}, **(hypers or {})},
-                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor, lr, fixed, check)
+                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor, lr, fixed, fine, check)
         OPTIMIZERS[name] = spec
         return constructor
     return decorate

@@ -15,7 +15,7 @@ from torch import Tensor
 from .core import FastOptimizer, LookaheadMixin
 from .lists import BLOCK, ListEngine, norms, on_cpu, one_by_one, operand, whole
 from .probe import is_sharded
-from .steppers import unwrapped
+from .steppers import args_of, unwrapped
 from .table import OptimizerSpec, spec_of
 
 # %% auto #0
@@ -36,6 +36,11 @@ def _all(x, value): return not isinstance(x, list) and x == value
 
 def _nth(x, i): return x[i] if isinstance(x, list) else x
 
+def _times(x, y):
+    "The product of scalars"
+    if not isinstance(x, list) and not isinstance(y, list): return x*y
+    return [_nth(x, i)*_nth(y, i) for i in range(len(x if isinstance(x, list) else y))]
+
 def _only(idxs, *xs):
     "Those at `idxs` of each list (and a number as it is)"
     return [[x[i] for i in idxs] if isinstance(x, list) else x for x in xs]
@@ -53,34 +58,38 @@ def _decay(p, decay):
     "True weight decay in place"
     if not _all(decay, 1.): _mul_(p, decay)
 
-def _with_l2(p, g, l2):
-    "Gradients with L2 regularization added, in new tensors where there is any"
+def _with_l2(p, g, l2, clip_scale=1.):
+    "Gradients with L2 regularization added, in new tensors where there is any, and what all of them are still to be multiplied with"
     idxs = [i for i in range(len(p)) if _nth(l2, i)]
-    if not idxs: return g
-    p_, l2_, g_ = _only(idxs, p, l2, g)
+    if not idxs: return g, clip_scale
+    p_, l2_, g_, scale = _only(idxs, p, l2, g, clip_scale)
     decayed = list(torch._foreach_mul(p_, operand(p_, l2_)))
-    torch._foreach_add_(decayed, g_)
-    g = list(g)
+    _add_scaled(decayed, g_, scale)
+    if len(idxs) == len(p): return decayed, 1.
+    g, is_decayed = list(g), set(idxs)
     for i,d in zip(idxs, decayed): g[i] = d
-    return g
+    return g, clip_scale if _all(clip_scale, 1.) else [1. if i in is_decayed else _nth(clip_scale, i) for i in range(len(p))]
 
-def _with_weight_decay(p, g, decay, l2):
+def _with_weight_decay(p, g, decay, l2, clip_scale=1.):
     "Both: an optimizer does one or the other"
     _decay(p, decay)
-    return _with_l2(p, g, l2)
+    return _with_l2(p, g, l2, clip_scale)
 
-def _add_momentum(grad_avg, g, mom):
+def _add_momentum(grad_avg, g, mom, clip_scale=1.):
     "Undampened momentum; there is no ForEach function that does it in one pass"
-    if one_by_one(grad_avg):
+    if not _all(clip_scale, 1.):
+        _mul_(grad_avg, mom)
+        _add_scaled(grad_avg, g, clip_scale)
+    elif one_by_one(grad_avg):
         for i,(avg,x) in enumerate(zip(grad_avg, g)): torch.add(x, avg, alpha=_nth(mom, i), out=avg)
     else:
         _mul_(grad_avg, mom)
         torch._foreach_add_(grad_avg, g)
 
-def _add_square(sqr_avg, g, sqr_mom, sqr_damp):
+def _add_square(sqr_avg, g, sqr_mom, sqr_damp, clip_scale=1.):
     "Moving average of the squared gradient"
     _mul_(sqr_avg, sqr_mom)
-    torch._foreach_addcmul_(sqr_avg, g, g, sqr_damp)
+    torch._foreach_addcmul_(sqr_avg, g, g, _times(sqr_damp, _times(clip_scale, clip_scale)))
 
 def _root(sqr_avg, eps):
     "`sqrt(sqr_avg) + eps` in new tensors"
@@ -97,43 +106,46 @@ def _divide(x, denom):
 # %% ../../nbs/optimizer.foreach.ipynb #0e42ac0c
 _lerps_lists = 'ScalarList' in torch.ops.aten._foreach_lerp_.overloads()
 
-def _lerp(avg, g, mom, damp):
+def _lerp(avg, g, mom, damp, clip_scale=1.):
     "Moving average of the gradient"
-    if _lerps_lists or not isinstance(damp, list): torch._foreach_lerp_(avg, g, damp)
+    if _all(clip_scale, 1.) and (_lerps_lists or not isinstance(damp, list)): torch._foreach_lerp_(avg, g, damp)
     else:
         _mul_(avg, mom)
-        _add_scaled(avg, g, damp)
+        _add_scaled(avg, g, _times(damp, clip_scale))
 
 # %% ../../nbs/optimizer.foreach.ipynb #0e0704f5
-def sgd_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, decay:Scalars, l2:Scalars, mom:Scalars, lr:Scalars):
+def sgd_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, decay:Scalars, l2:Scalars, mom:Scalars, lr:Scalars, clip_scale:Scalars=1.):
     "SGD, with momentum if there is a `grad_avg`"
-    g = _with_weight_decay(p, g, decay, l2)
-    if grad_avg: _add_momentum(grad_avg, g, mom)
-    _add_scaled(p, grad_avg or g, _neg(lr))
+    g, clip_scale = _with_weight_decay(p, g, decay, l2, clip_scale)
+    if grad_avg: _add_momentum(grad_avg, g, mom, clip_scale)
+    _add_scaled(p, grad_avg or g, _neg(lr if grad_avg else _times(lr, clip_scale)))
 
 def rmsprop_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, decay:Scalars, l2:Scalars,
-                         mom:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, lr:Scalars, eps:Scalars):
+                         mom:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, lr:Scalars, eps:Scalars,
+                         clip_scale:Scalars=1.):
     "RMSProp (Hinton, 2012), with momentum if there is a `grad_avg`"
-    g = _with_weight_decay(p, g, decay, l2)
-    if grad_avg: _add_momentum(grad_avg, g, mom)
-    _add_square(sqr_avg, g, sqr_mom, sqr_damp)
-    torch._foreach_addcdiv_(p, grad_avg or g, _root(sqr_avg, eps), _neg(lr))
+    g, clip_scale = _with_weight_decay(p, g, decay, l2, clip_scale)
+    if grad_avg: _add_momentum(grad_avg, g, mom, clip_scale)
+    _add_square(sqr_avg, g, sqr_mom, sqr_damp, clip_scale)
+    torch._foreach_addcdiv_(p, grad_avg or g, _root(sqr_avg, eps), _neg(lr if grad_avg else _times(lr, clip_scale)))
 
 def adam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, decay:Scalars, l2:Scalars,
-                      mom:Scalars, damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, step_size:Scalars, eps:Scalars):
+                      mom:Scalars, damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, step_size:Scalars, eps:Scalars,
+                      clip_scale:Scalars=1.):
     "Adam (Kingma & Ba, 2014)"
-    g = _with_weight_decay(p, g, decay, l2)
-    _lerp(grad_avg, g, mom, damp)
-    _add_square(sqr_avg, g, sqr_mom, sqr_damp)
+    g, clip_scale = _with_weight_decay(p, g, decay, l2, clip_scale)
+    _lerp(grad_avg, g, mom, damp, clip_scale)
+    _add_square(sqr_avg, g, sqr_mom, sqr_damp, clip_scale)
     torch._foreach_addcdiv_(p, grad_avg, _root(sqr_avg, eps), _neg(step_size))
 
 # %% ../../nbs/optimizer.foreach.ipynb #dd910cb7
 def radam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, decay:Scalars, l2:Scalars,
-                       mom:Scalars, damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, rectified:Scalars, step_size:Scalars, eps:Scalars):
+                       mom:Scalars, damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, rectified:Scalars, step_size:Scalars, eps:Scalars,
+                       clip_scale:Scalars=1.):
     "RAdam (Liu et al., 2019)"
-    g = _with_weight_decay(p, g, decay, l2)
-    _lerp(grad_avg, g, mom, damp)
-    _add_square(sqr_avg, g, sqr_mom, sqr_damp)
+    g, clip_scale = _with_weight_decay(p, g, decay, l2, clip_scale)
+    _lerp(grad_avg, g, mom, damp, clip_scale)
+    _add_square(sqr_avg, g, sqr_mom, sqr_damp, clip_scale)
     step_size = _neg(step_size)
     for is_rectified in (True, False):
         idxs = [i for i in range(len(p)) if bool(_nth(rectified, i)) == is_rectified]
@@ -144,24 +156,25 @@ def radam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:
 
 def ranger_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, slow_weights:TensorList,
                         decay:Scalars, l2:Scalars, mom:Scalars, damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars,
-                        rectified:Scalars, step_size:Scalars, eps:Scalars, alpha:Scalars):
+                        rectified:Scalars, step_size:Scalars, eps:Scalars, alpha:Scalars, clip_scale:Scalars=1.):
     "A step of RAdam that ends with a Lookahead synchronisation (Zhang et al., 2019) if there are `slow_weights`"
-    radam_foreach_step(p, g, grad_avg, sqr_avg, decay, l2, mom, damp, sqr_mom, sqr_damp, rectified, step_size, eps)
+    radam_foreach_step(p, g, grad_avg, sqr_avg, decay, l2, mom, damp, sqr_mom, sqr_damp, rectified, step_size, eps, clip_scale)
     if not slow_weights: return
     torch._foreach_lerp_(slow_weights, p, alpha)
     torch._foreach_copy_(p, slow_weights)
 
 def qhadam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, decay:Scalars, l2:Scalars,
                         mom:Scalars, damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars,
-                        g_coef:Scalars, avg_coef:Scalars, sqr_g_coef:Scalars, sqr_avg_coef:Scalars, eps:Scalars):
+                        g_coef:Scalars, avg_coef:Scalars, sqr_g_coef:Scalars, sqr_avg_coef:Scalars, eps:Scalars,
+                        clip_scale:Scalars=1.):
     "QHAdam (Ma & Yarats, 2018)"
-    g = _with_weight_decay(p, g, decay, l2)
-    _lerp(grad_avg, g, mom, damp)
-    _add_square(sqr_avg, g, sqr_mom, sqr_damp)
+    g, clip_scale = _with_weight_decay(p, g, decay, l2, clip_scale)
+    _lerp(grad_avg, g, mom, damp, clip_scale)
+    _add_square(sqr_avg, g, sqr_mom, sqr_damp, clip_scale)
     num = torch._foreach_mul(grad_avg, operand(grad_avg, avg_coef))
-    _add_scaled(num, g, g_coef)
+    _add_scaled(num, g, _times(g_coef, clip_scale))
     denom = torch._foreach_mul(sqr_avg, operand(sqr_avg, sqr_avg_coef))
-    if not _all(sqr_g_coef, 0.): torch._foreach_addcmul_(denom, g, g, sqr_g_coef)
+    if not _all(sqr_g_coef, 0.): torch._foreach_addcmul_(denom, g, g, _times(sqr_g_coef, _times(clip_scale, clip_scale)))
     torch._foreach_sqrt_(denom)
     torch._foreach_add_(denom, operand(denom, eps))
     torch._foreach_addcdiv_(p, num, denom, -1.)
@@ -172,19 +185,20 @@ def _scaled(norms, scale):
     return [_nth(scale, i)*whole(n) for i,n in enumerate(norms)] if is_sharded(norms[0]) else torch._foreach_mul(norms, scale)
 
 def larc_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, decay:Scalars, l2:Scalars, mom:Scalars,
-                      trust:Trust) -> list[float]: # The learning rate of each parameter
+                      trust:Trust, clip_scale:Scalars=1.) -> list[float]: # The learning rate of each parameter
     "LARC or LARS (You et al., 2017), with momentum if there is a `grad_avg`"
-    g = _with_weight_decay(p, g, decay, l2)
-    local_lr = trust(norms(p), norms(g))
-    sgd_foreach_step(p, g, grad_avg, 1., 0., mom, local_lr)
+    g, clip_scale = _with_weight_decay(p, g, decay, l2, clip_scale)
+    local_lr = trust(norms(p), norms(g) if _all(clip_scale, 1.) else _scaled(norms(g), clip_scale))
+    sgd_foreach_step(p, g, grad_avg, 1., 0., mom, local_lr, clip_scale)
     return local_lr
 
 def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, decay:Scalars, l2:Scalars, mom:Scalars,
-                      damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, scale:Scalars, eps:Scalars, trust:Trust):
+                      damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, scale:Scalars, eps:Scalars, trust:Trust,
+                      clip_scale:Scalars=1.):
     "LAMB (You et al., 2019)"
-    g = _with_weight_decay(p, g, decay, l2)
-    _lerp(grad_avg, g, mom, damp)
-    _add_square(sqr_avg, g, sqr_mom, sqr_damp)
+    g, clip_scale = _with_weight_decay(p, g, decay, l2, clip_scale)
+    _lerp(grad_avg, g, mom, damp, clip_scale)
+    _add_square(sqr_avg, g, sqr_mom, sqr_damp, clip_scale)
     update = _divide(grad_avg, _root(sqr_avg, eps))
     local_lr = trust(norms(p), _scaled(norms(update), scale))
     _add_scaled(p, update, [-_nth(scale, i)*lr for i,lr in enumerate(local_lr)])
@@ -212,6 +226,13 @@ class ForEachOptimizer(FastOptimizer):
 
     @cached_property
     def engine(self): return ListEngine(with_names(self.opt_step, self.spec.foreach), block=self.block)
+
+    @property
+    def takes_clip_scale(self):
+        "Does the step take a factor of gradients, and is it no wait to know one? (In 16 bits their squares could overflow)"
+        step = self.engine.step
+        return step is not None and 'clip_scale' in args_of(step) and all(
+            type(p) in (Tensor, nn.Parameter) and p.is_cpu and p.dtype.itemsize >= 4 for pg in self.param_lists for p in pg)
 
 class SGDForEachOptimizer(ForEachOptimizer):
     "`ForEachOptimizer` with `sgd_foreach_step`"

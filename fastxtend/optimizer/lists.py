@@ -13,6 +13,7 @@ import numpy as np, torch
 from torch import Tensor
 
 from .batch import Batch, overwrite
+from .formats import NOTHING
 from .plan import Engine, Work
 from .probe import OK, is_dense, is_sharded
 from .steppers import MATH, Composition, Stage, compile_function, compile_stage, unwrapped
@@ -203,13 +204,16 @@ def norms(
 
 def _is_odd(batch):
     "Are tensors of different dtypes, or bytes not what they say?"
+    if any(t is not NOTHING for ts in batch.beside.values() for t in ts): return True
+    batch = replace(batch, beside={})
     ts = [t for ts in batch.tensors() for t in ts]
     return not any(map(is_sharded, ts)) and any(t.dtype != ts[0].dtype or t.is_neg() or t._is_zerotensor() for t in ts)
 
 def _plainly(batch):
     "`batch` in tensors of one dtype, of 32 bits at least, whose bytes are their elements: copies where they are not"
-    dtype = torch.float64 if any(t.dtype == torch.float64 for ts in batch.tensors() for t in ts) else torch.float32
-    return batch.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in batch.tensors()))
+    full = batch.with_tensors(*([batch.read(n, i) for i in range(len(batch))] for n in ('p', 'g', *batch.slots)))
+    dtype = torch.float64 if any(t.dtype == torch.float64 for ts in full.tensors() for t in ts) else torch.float32
+    return full.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in full.tensors()))
 
 def unnoticed(
     run:Callable, # Of a `Work`
@@ -229,6 +233,8 @@ class ListEngine(Engine):
         widen:bool=False, # Give 16-bit tensors to `step` as float32?
         lists:bool=True, # Does `step` take one number for all parameters, or always a list?
     ): self.step, self.name, self.block, self.widen, self.lists = step, name, block, widen, lists
+
+    def takes(self, composition): return knows(self.step, composition)
 
     def prepare(self, batch, seen, idxs): return bool(((seen.reasons != OK) | seen.mixed())[idxs].any()) # can tensors be odd?
 
@@ -274,16 +280,17 @@ class ListWork(HostWork):
         for n,x in zip(stage.gives, torch.cat(sums, 1).tolist()): self.known[n] = np.square(x) if n in of else np.array(x)
 
     def renew(self):
-        for copies,ts in zip(self.batch.tensors(), self.original.tensors()):
-            for copy,t in zip(copies, ts):
-                if copy is not t: overwrite(copy, t)
+        original = self.original.named()
+        for n,copies in self.batch.named().items():
+            for i,(copy,t) in enumerate(zip(copies, original[n])):
+                if copy is not t: overwrite(copy, self.original.read(n, i))
 
     def write_back(self):
         if self.batch is self.original: return
         for n,ts in self.batch.named().items():
             if n == 'g': continue
-            for t,new in zip(self.original.named()[n], ts):
-                if t is not new: overwrite(t, new)
+            for i,(t,new) in enumerate(zip(self.original.named()[n], ts)):
+                if t is not new: self.original.write(n, i, new)
 
 class WrittenWork(ListWork):
     "A step function that does all stages at once"
@@ -296,7 +303,7 @@ class WrittenWork(ListWork):
         batch, engine = self.batch, self.engine
         args = [(a, n) for a,n in step_args(engine.step)[2:]]
         late = needs_late(batch, batch.scalar)
-        neutral, every = dict(decay=1., l2=0.), {'trust', *batch.slots}
+        neutral, every = dict(decay=1., l2=0., clip_scale=1.), {'trust', *batch.slots}
         def scalar(n): return n if not isinstance(n, str) else batch.scalar(n) if n in batch.rows[0] else neutral.get(n)
         scalars = {n: scalar(n) for _,n in args if n not in every}
         for (p, g, *slots), owners in blocks(batch, engine.block, not batch.composition.sums):

@@ -12,7 +12,8 @@ from numba import carray, njit, types
 from torch import Tensor, nn
 
 from .pointers import c_function, i64, i64_ptr, with_cache
-from .probe import DEVICE, DTYPE, OK, SHAPE, STRIDES, UNREADABLE, Probe
+from .formats import BLOCK, NOTHING
+from .probe import BESIDE, CODES, DEVICE, DTYPE, NONE, OK, SHAPE, STRIDES, UNREADABLE, WORDS, Probe
 
 # %% auto #0
 __all__ = ['where_keys_are', 'compiled_probe']
@@ -24,10 +25,10 @@ _call_type = c_function(i64, 1)             # PyObject_Type
 _call_forget = c_function(types.void, 1)    # Py_DecRef
 _call_clear = c_function(types.void, 0)     # PyErr_Clear
 
-def _fill(functions, plain, impl, lists, table):
+def _fill(functions, plain, impl, lists, beside, table):
     first, other, n = np.empty(6, np.int64), np.empty(6, np.int64), len(lists)
     for t in range(len(table)):
-        table[t, 0] = _look_at(functions, plain, impl, lists, t, table[t, 3:3+n], table[t, 3+n:], first, other)
+        table[t, 0] = _look_at(functions, plain, impl, lists, beside, t, table[t, 3:3+n], table[t, 3+n:], first, other)
         if table[t, 0] == OK:
             size = 1
             for s in carray(i64_ptr(first[3]), first[2] & 0xffffffff): size *= s
@@ -51,11 +52,15 @@ def _is_dense(shape, strides):
     return True
 
 @njit(error_model='numpy')
-def _look_at(functions, plain, impl, lists, t, dtypes, addresses, first, other):
+def _look_at(functions, plain, impl, lists, beside, t, dtypes, addresses, first, other):
     "Describe the tensors at position `t` of all `lists`; the reason why a kernel cannot take them, if there is one"
     describe, item, type_of, forget, clear = functions
     for k in range(len(lists)):
         info, obj = first if k == 0 else other, _call_item(item, lists[k], t)
+        is_beside = k >= len(lists) - beside
+        if is_beside and obj == plain[2]:
+            dtypes[k], addresses[k] = NONE, 0
+            continue
         typ = _call_type(type_of, obj) if obj else 0
         if obj: _call_forget(forget, typ)
         if not ((typ == plain[0] or typ == plain[1]) and _keys(obj, impl) & impl[2] == 0 and _call_describe(describe, obj, info.ctypes.data) == 0):
@@ -66,8 +71,18 @@ def _look_at(functions, plain, impl, lists, t, dtypes, addresses, first, other):
         code, bits, lanes = (info[2] >> 32) & 255, (info[2] >> 40) & 255, (info[2] >> 48) & 0xffff
         shape, strides = carray(i64_ptr(info[3]), ndim), carray(i64_ptr(info[4]), ndim)
         if info[1] != first[1]: return DEVICE
-        if lanes != 1 or not ((code == 2 and (bits == 16 or bits == 32 or bits == 64)) or (code == 4 and bits == 16)): return DTYPE
-        dtypes[k] = 2 if code == 4 else 3 if bits == 16 else 1 if bits == 64 else 0
+        if is_beside:
+            if lanes != 1 or not ((code == 0 and (bits == 16 or bits == 32)) or (code == 2 and bits == 32)): return DTYPE
+            dtypes[k] = BESIDE if bits == 16 else WORDS if code == 0 else WORDS + 1
+            if bits == 32:
+                size = 1
+                for s in carray(i64_ptr(first[3]), first[2] & 0xffffffff): size *= s
+                if ndim != 1 or shape[0] != -(-size//BLOCK): return SHAPE
+                if shape[0] > 1 and strides[0] != 1: return STRIDES
+                continue
+        else:
+            if lanes != 1 or not ((code == 2 and (bits == 16 or bits == 32 or bits == 64)) or (code == 4 and bits == 16) or (k > 1 and code < 2 and bits == 8)): return DTYPE
+            dtypes[k] = CODES + code if code < 2 else 2 if code == 4 else 3 if bits == 16 else 1 if bits == 64 else 0
         if k == 0:
             if not _is_dense(shape, strides): return STRIDES
         else:
@@ -84,7 +99,7 @@ def _keys(obj, impl):
     "The dispatch keys of the tensor `obj`"
     return carray(i64_ptr(carray(i64_ptr(obj + impl[0]), 1)[0] + impl[1]), 1)[0]
 
-_WORDS = 40 # of 8 bytes, of a tensor's memory: fewer than a tensor has
+_WORDS = 23 # of 8 bytes, which a tensor's memory has at most
 
 def _raw(keys): return keys.raw_repr()
 
@@ -96,10 +111,10 @@ def where_keys_are() -> tuple[int, int, int]|None: # Offset of the pointer in th
     examples = [plain, torch._neg_view(torch.ones(2)), torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.complex64).conj(), torch._efficientzerotensor(2)]
     try: keys = [_raw(torch._C._dispatch_keys(t)) for t in examples]
     except AttributeError: return None
-    at = object.__basicsize__ # the first word of the object after its head
-    found = [k*8 for k in range(2, _WORDS) if all(_word(_word(id(t) + at) + k*8) == v for t,v in zip(examples, keys))]
-    if len(set(keys)) < 4 or len(found) != 1: return None
-    return at, found[0], (keys[1] | keys[3] | keys[4]) & ~keys[0] & ~_raw(torch._C._dispatch_keys(torch.ones(2, dtype=torch.complex64)))
+    at = next((o for o in range(object.__basicsize__, Tensor.__basicsize__, 8) if all(_word(id(t) + o) == t._cdata for t in examples)), None)
+    found = next((k*8 for k in range(2, _WORDS) if all(_word(t._cdata + k*8) == v for t,v in zip(examples, keys))), None)
+    if at is None or found is None or len(set(keys)) < 4: return None
+    return at, found, (keys[1] | keys[3] | keys[4]) & ~keys[0] & ~_raw(torch._C._dispatch_keys(torch.ones(2, dtype=torch.complex64)))
 
 # %% ../../nbs/optimizer.looking.ipynb #71ab2e1e
 def _describer():
@@ -117,14 +132,15 @@ def _address(function): return ctypes.cast(function, ctypes.c_void_p).value
 
 def compiled_probe():
     "`probe` in compiled code, or `None` if PyTorch does not tell what is needed for it"
-    describe, impl, py = _describer(), where_keys_are(), ctypes.pythonapi
-    if not describe or not impl: return None
+    describe, py = _describer(), ctypes.pythonapi
+    impl = where_keys_are() if describe else None
+    if not impl: return None
     functions = (describe, *map(_address, (py.PyList_GetItem, py.PyObject_Type, py.Py_DecRef, py.PyErr_Clear)))
-    plain, ids, table = (id(Tensor), id(nn.Parameter)), types.Array(i64, 1, 'C'), types.Array(i64, 2, 'C')
-    sig = types.void(types.UniTuple(i64, 5), types.UniTuple(i64, 2), types.UniTuple(i64, 3), ids, table)
+    plain, ids, table = (id(Tensor), id(nn.Parameter), id(NOTHING)), types.Array(i64, 1, 'C'), types.Array(i64, 2, 'C')
+    sig = types.void(types.UniTuple(i64, 5), types.UniTuple(i64, 3), types.UniTuple(i64, 3), ids, i64, table)
     fill = with_cache(lambda cache: njit(sig, cache=cache, error_model='numpy')(_fill))
-    def compiled(*tensors):
+    def compiled(*tensors, beside=0):
         lists, res = list(map(list, tensors)), Probe.empty(len(tensors[0]), len(tensors))
-        fill(functions, plain, impl, np.array(list(map(id, lists))), res.table)
+        fill(functions, plain, impl, np.array(list(map(id, lists))), beside, res.table)
         return res
     return compiled

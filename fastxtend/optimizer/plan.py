@@ -16,16 +16,24 @@ from torch import Tensor
 
 from .batch import Batch
 from .probe import OK, REASONS, UNREADABLE, Extents, Probe, extent, is_sharded, probe, recalled, remembered, sharing_memory
+from .steppers import Composition
 
 # %% auto #0
-__all__ = ['ENGINES', 'INSTALL', 'SHARDED', 'Engine', 'Work', 'kind_of', 'kernels_for', 'error_of', 'warn_once', 'compiled',
-           'look', 'Part', 'Plan', 'odd_extents', 'find_tangled', 'make_plan', 'run', 'share', 'Ran']
+__all__ = ['ENGINES', 'INSTALL', 'SHARES', 'SHARDED', 'Engine', 'Work', 'kind_of', 'kernels_for', 'error_of', 'warn_once',
+           'compiled', 'look', 'Part', 'Plan', 'why', 'expected', 'odd_extents', 'find_tangled', 'make_plan', 'run',
+           'share']
 
 # %% ../../nbs/optimizer.plan.ipynb #bdc9cd66
 class Engine:
     "Runs stages; this is the protocol"
     name = '' # In `backend_report`
     has_kernels = False # Does it work on addresses?
+
+    def takes(self,
+        composition:Composition, # With attachments
+    ) -> bool:
+        "Can what is attached be part of its step?"
+        return self.has_kernels
 
     def prepare(self,
         batch:Batch, # Everything that steps
@@ -131,7 +139,7 @@ def look(
 ) -> Probe:
     "Where all tensors are, and which parameters a kernel can take"
     fast, tensors = compiled(), batch.tensors()
-    return fast(*tensors) if fast else recalled(last, *tensors) or remembered(probe(*tensors), *tensors)
+    return fast(*tensors, beside=len(batch.beside)) if fast else recalled(last, *tensors) or remembered(probe(*tensors, beside=len(batch.beside)), *tensors)
 
 # %% ../../nbs/optimizer.plan.ipynb #3f62c085
 @dataclass(frozen=True)
@@ -150,6 +158,13 @@ class Plan:
     odd:list # Where parts of tensors are that `seen` does not tell of
     tangled:list # Positions of parameters that share memory, and step one by one
     parts:list # `Part`s, in order
+    kernels:bool # Are kernels asked for?
+
+    def takes(self,
+        composition:Composition, # With attachments
+    ) -> bool:
+        "Can what is attached be part of the step?"
+        return not self.tangled and all(part.engine.takes(composition) for part in self.parts)
 
     @cached_property
     def is_all_kernels(self): "Is everything stepped together, in kernels?"; return not self.tangled and all(part.engine.has_kernels for part in self.parts)
@@ -165,12 +180,31 @@ class Plan:
     ) -> tuple[str, str]: # Name of the engine, and why it was not a kernel
         "Where a parameter is stepped, and why"
         engine = next(part.engine for part in self.parts if i in part.idxs)
-        if i in self.tangled: return engine.name, 'shares memory with another parameter or its state'
-        if engine.has_kernels: return engine.name, ''
-        if self.seen.reasons[i] == UNREADABLE and is_sharded(self.params[i]): return engine.name, SHARDED
-        return engine.name, REASONS[self.seen.reasons[i]] or f'no kernel for {self.params[i].device.type}'
+        return engine.name, '' if engine.has_kernels else SHARES if i in self.tangled else why(self.params[i], self.seen.reasons[i]) if self.kernels else ''
 
+SHARES = 'shares memory with another parameter or its state'
 SHARDED = 'sharded, and norms of whole parameters are needed, or gradients or state are sharded in another way'
+
+def why(
+    p:Tensor, # A parameter
+    reason:int, # Position in `REASONS`
+) -> str:
+    "Why no kernel takes it"
+    if reason == UNREADABLE and is_sharded(p): return SHARDED
+    return REASONS[reason] or f'no kernel for {p.device.type}'
+
+def expected(
+    params:list, # Parameters, or what this process has of them
+    kernels, # From the code of a device to an engine with kernels, or `None` if no kernels are asked for
+    lists:Engine, # Takes what no kernel takes
+) -> list[tuple[str, str]]: # Name of the engine, and why it will be no kernel
+    "Where parameters will be stepped if gradients and state turn out like them"
+    seen, shared = probe(params), set(sharing_memory(params))
+    def ran(i, p):
+        engine = kernels and seen.reasons[i] == OK and i not in shared and kernels(int(seen.devices[i])) or lists
+        return engine.name, '' if engine.has_kernels else SHARES if i in shared else why(p, seen.reasons[i]) if kernels else ''
+    return [ran(i, p) for i,p in enumerate(params)]
+
 
 def odd_extents(
     batch:Batch, # What is about to step
@@ -213,7 +247,7 @@ def make_plan(
     written = last.written if still else Extents.of(seen, clears)
     tangled = find_tangled(batch, seen, written, odd)
     parts = last.parts if alike and tangled == last.tangled else _parts(batch, seen, kernels, lists, tangled)
-    return Plan(params, seen, written, odd, tangled, parts)
+    return Plan(params, seen, written, odd, tangled, parts, kernels is not None)
 
 def _parts(batch, seen, kernels, lists, tangled):
     engines = {d: kernels and kernels(d) for d in np.unique(seen.devices).tolist()}
@@ -260,13 +294,3 @@ def share(
     for t in totals[1:]: total = total + (t.to(total.device) if isinstance(t, Tensor) and isinstance(total, Tensor) else t)
     for w in works: w.receive(name, total)
     return total
-
-# %% ../../nbs/optimizer.plan.ipynb #d11a5f35
-@dataclass
-class Ran:
-    "Where one parameter was stepped"
-    group:int # Position of its group
-    index:int # Position in the group
-    param:str # Shape, dtype and device
-    backend:str # `numba`, `triton`, `foreach`, `jit` or `steppers`
-    reason:str = '' # Why no kernel took it

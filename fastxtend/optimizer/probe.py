@@ -11,18 +11,23 @@ from itertools import chain
 import numpy as np, torch
 from torch import Tensor, nn
 
+from .formats import BLOCK, NOTHING, n_blocks
+
 # %% auto #0
-__all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS', 'DTYPES', 'ITEMSIZES', 'Probe', 'is_dense',
-           'device_code', 'is_plain', 'probe', 'guards_of', 'remembered', 'recalled', 'Extents', 'is_sharded', 'extent',
-           'sharing_memory']
+__all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS', 'FLOATS', 'DTYPES', 'CODES', 'BESIDE', 'WORDS',
+           'NONE', 'ITEMSIZES', 'PER_ITEM', 'Probe', 'is_dense', 'device_code', 'is_plain', 'probe', 'guards_of',
+           'remembered', 'recalled', 'Extents', 'is_sharded', 'extent', 'sharing_memory']
 
 # %% ../../nbs/optimizer.probe.ipynb #dab6e356
 OK, UNREADABLE, DEVICE, DTYPE, SHAPE, STRIDES = range(6)
 REASONS = ['', 'not a plain tensor in memory', 'on different devices', 'no kernel for this dtype', 'shapes differ',
            'memory layout is not dense, or differs between parameter, gradient and state']
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-ITEMSIZES = np.array([d.itemsize for d in DTYPES])
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DTYPES = [*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.float32, None] # Then codes; and tensors beside others: a number an element, one a block (of either dtype), and nothing
+CODES, BESIDE, WORDS, NONE = len(FLOATS), *(len(FLOATS) + i for i in (2, 3, 5))
+ITEMSIZES = np.array([d.itemsize if d else 0 for d in DTYPES])
+PER_ITEM = np.array([BLOCK if WORDS <= i < NONE else 1 for i in range(len(DTYPES))]) # Elements of a parameter
 
 @dataclass(frozen=True)
 class Probe:
@@ -46,6 +51,13 @@ class Probe:
     def addresses(self): "Where each tensor begins: (parameters, tensors)"; return self.table[:, 3+self.n_tensors:]
     @property
     def kinds(self): "All but the addresses"; return self.table[:, :3+self.n_tensors]
+
+    def nbytes(self,
+        columns, # Positions of tensors
+    ) -> np.ndarray: # (parameters, columns)
+        "How many bytes tensors have"
+        dtypes = self.dtypes[:, columns]
+        return -(-self.sizes[:, None]//PER_ITEM[dtypes])*ITEMSIZES[dtypes]
 
     def mixed(self) -> np.ndarray: "Which parameters have tensors of another dtype than their own?"; return (self.dtypes != self.dtypes[:, :1]).any(1)
 
@@ -75,26 +87,33 @@ def is_plain(
     "Is `t` a strided tensor whose bytes are its elements?"
     return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not (t.is_meta or t.is_neg() or t.is_conj() or t._is_zerotensor())
 
-def _reason(ts):
+def _reason(ts, beside):
     p = ts[0]
-    for t in ts:
+    for k,t in enumerate(ts):
+        if t is NOTHING and k >= len(ts) - beside: continue
         if not is_plain(t): return UNREADABLE
         if t.device != p.device: return DEVICE
-        if t.dtype not in DTYPES: return DTYPE
+        is_beside = k >= len(ts) - beside
+        if t.dtype not in (DTYPES[BESIDE:NONE] if is_beside else FLOATS if k < 2 else DTYPES[:BESIDE]): return DTYPE
+        if is_beside and t.dtype in DTYPES[WORDS:NONE]:
+            if t.ndim != 1 or len(t) != n_blocks(p.numel()): return SHAPE
+            if len(t) > 1 and t.stride(0) != 1: return STRIDES
+            continue
         if t.shape != p.shape: return SHAPE
         if not is_dense(t) or any(a != b for a,b,n in zip(t.stride(), p.stride(), p.shape) if n > 1): return STRIDES
     return OK
 
 def probe(
-    *tensors:list, # Parameters, gradients and slots: lists of tensors
+    *tensors:list, # Parameters, gradients, slots, and what is beside them: lists of tensors
+    beside:int=0, # How many of these lists are of tensors beside others
 ) -> Probe:
     "Where all tensors are, and which parameters a kernel can take"
     res = Probe.empty(len(tensors[0]), len(tensors))
     for i,ts in enumerate(zip(*tensors)):
-        res.reasons[i] = _reason(ts)
+        res.reasons[i] = _reason(ts, beside)
         if res.reasons[i] != OK: continue
         res.sizes[i], res.devices[i] = ts[0].numel(), device_code(ts[0].device)
-        res.dtypes[i], res.addresses[i] = [DTYPES.index(t.dtype) for t in ts], [t.data_ptr() for t in ts]
+        res.dtypes[i], res.addresses[i] = [NONE if t is NOTHING else DTYPES.index(t.dtype, BESIDE if k >= len(ts) - beside else 0) for k,t in enumerate(ts)], [t.data_ptr() for t in ts]
     return res
 
 # %% ../../nbs/optimizer.probe.ipynb #95071b72
@@ -139,7 +158,7 @@ class Extents:
         "Memory of parameters and slots"
         columns = [k for k in range(res.n_tensors) if grads or k != 1]
         starts = res.addresses[:, columns]
-        ends = (starts + res.sizes[:, None]*ITEMSIZES[res.dtypes[:, columns]]).ravel()
+        ends = (starts + res.nbytes(columns)).ravel()
         starts = starts.ravel()
         starts, ends = starts[ends > starts], ends[ends > starts]
         order = np.argsort(starts)
@@ -152,7 +171,7 @@ class Extents:
         "Does a gradient overlap with what is written?"
         if not len(self.starts): return False
         grads = res.addresses[:, 1]
-        ends = grads + res.sizes*ITEMSIZES[res.dtypes[:, 1]]
+        ends = grads + res.nbytes([1])[:, 0]
         last = np.searchsorted(self.starts, ends) - 1 # the last one that starts before a gradient's end
         return bool(((last >= 0) & (self.ends[last] > grads) & (ends > grads)).any())
 

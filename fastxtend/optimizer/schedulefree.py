@@ -104,7 +104,9 @@ def _go(opt, to_average):
         mom, todo = hyper['mom'], [p for p in dict.fromkeys(pg) if 'base_weights' in opt.state[p] and opt.state[p].get('at_average', False) != to_average]
         if todo and not 0 < mom <= 1: raise ValueError(f"There is no way from the weights to their average with `mom={mom}`: it is above 0, and 1 at most")
         for p in todo:
-            p.lerp_(opt.state[p]['base_weights'], 1 - 1/mom if to_average else 1 - mom)
+            share = 1 - 1/mom if to_average else 1 - mom
+            if opt.is_exact(p): opt.write_weights(p, opt.weights_of(p).lerp_(opt.state[p]['base_weights'], share))
+            else: p.lerp_(opt.state[p]['base_weights'], share)
             if to_average: opt.state[p]['at_average'] = True
             else: del opt.state[p]['at_average']
 

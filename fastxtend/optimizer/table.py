@@ -38,6 +38,7 @@ class OptimizerSpec:
     constructor:Callable=None # What users call
     lr:float=None # A learning rate to begin with, if it is not fastai's
     fixed:tuple=() # Names of hyperparameters that do not change, whatever a schedule says
+    fine:tuple=() # Names of slots that 8 bits would harm: averages over thousands of steps, which change by less than a code in each
     check:Callable=None # Raises if a `Batch` cannot be stepped now, if there is more to check than for every optimizer
     made_by:tuple=None # A function and its arguments that make it again, if it is in no table
 

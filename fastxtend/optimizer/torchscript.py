@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math, warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, update_wrapper
+from types import FunctionType
 from typing import List
 
 import torch
@@ -23,26 +24,30 @@ from .steppers import unwrapped
 from .table import spec_of
 
 # %% auto #0
-__all__ = ['NO_SHARDS', 'NoScript', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'root', 'norm',
-           'moments_', 'sgd_jit_step', 'rmsprop_jit_step', 'adam_jit_step', 'radam_jit_step', 'ranger_jit_step',
-           'qhadam_jit_step', 'larc_jit_step', 'lamb_jit_step', 'JitOptimizer', 'JitLookahead']
+__all__ = ['NO_SHARDS', 'script', 'l2_reg', 'weight_decay_', 'add_momentum_', 'add_square_', 'root', 'norm', 'moments_',
+           'sgd_jit_step', 'rmsprop_jit_step', 'adam_jit_step', 'radam_jit_step', 'ranger_jit_step', 'qhadam_jit_step',
+           'larc_jit_step', 'lamb_jit_step', 'JitOptimizer', 'JitLookahead']
 
 # %% ../../nbs/optimizer.torchscript.ipynb #5e4c9f7b
-class NoScript:
-    "Stands in for a function where TorchScript cannot compile it"
-    def __init__(self, f, error): self.f, self.error, self.__name__ = f, error, f.__name__
-    def __call__(self, *args, **kwargs):
-        raise RuntimeError(f"`jit=True` needs TorchScript, which could not compile `{self.__name__}` here: {self.error}. "
-                           "Use `fused=True` or `foreach=True` instead")
+class script:
+    "A function that TorchScript compiles at its first call"
+    def __init__(self,
+        f:Callable, # Function to compile; it may call others of this kind
+    ): update_wrapper(self, f)
 
-def script(
-    f:callable, # Function to compile
-) -> torch.jit.ScriptFunction:
-    "`torch.jit.script` without its deprecation warnings"
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        try: return torch.jit.script(f)
-        except Exception as e: return NoScript(f, e)
+    @cached_property
+    def compiled(self):
+        "The `torch.jit.ScriptFunction`. `RuntimeError` where TorchScript cannot compile it"
+        f, known = self.__wrapped__, self.__wrapped__.__globals__
+        scripts = {n: known[n].compiled for n in f.__code__.co_names if isinstance(known.get(n), script) and known[n] is not self}
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            try: return torch.jit.script(update_wrapper(FunctionType(f.__code__, {**known, **scripts}), f))
+            except Exception as e:
+                raise RuntimeError(f"`jit=True` needs TorchScript, which could not compile `{f.__name__}` here: {e}. Use `fused=True` or `foreach=True` instead") from e
+
+    def __call__(self, *args, **kwargs): return self.compiled(*args, **kwargs)
+    def __reduce__(self): return self.__qualname__ # pickled by its name, like any function
 
 # %% ../../nbs/optimizer.torchscript.ipynb #8bdea8a5
 @script
@@ -211,16 +216,6 @@ class JitOptimizer(FastOptimizer):
     def engine(self):
         "All in one call, which does all operations on one piece before the next"
         return ListEngine(with_names(self.opt_step, self.spec.jit), 'jit', math.inf, lists=False)
-
-    def __getstate__(self):
-        "Scripted functions cannot be pickled, but those of this module can be found again by the name of their optimizer"
-        state = super().__getstate__()
-        if self.spec.jit is not None and self.opt_step is unwrapped(self.spec.jit): del state['opt_step']
-        return state
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.opt_step = state.get('opt_step') or unwrapped(self.spec.jit)
 
 class JitLookahead(LookaheadMixin, JitOptimizer):
     "A `JitOptimizer` with a modified step for Lookahead TorchScript optimizers"

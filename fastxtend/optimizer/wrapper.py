@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial, wraps
 from warnings import warn
 
@@ -22,7 +23,7 @@ __all__ = ['hyper_names', 'TorchOptimizer', 'needs_closure', 'first_state', 'tor
 
 # %% ../../nbs/optimizer.wrapper.ipynb #d213e877
 def hyper_names(
-    opt:callable, # Optimizer class, function that makes an optimizer, or an optimizer
+    opt:Callable, # Optimizer class, function that makes an optimizer, or an optimizer
 ) -> dict[str, str]:
     "fastai's names of the options of `opt`, for `OptimWrapper`"
     cls = opt if isinstance(opt, type) else getattr(opt, 'func', type(opt))
@@ -40,7 +41,7 @@ class TorchOptimizer(OptimWrapper):
 
     def __init__(self,
         params:Tensor|Iterable=None, # Model parameters or parameter groups. Don't set if using a built optimizer
-        opt:callable|torch.optim.Optimizer=None, # A torch optimizer constructor, or an already built optimizer
+        opt:Callable|torch.optim.Optimizer=None, # A torch optimizer constructor, or an already built optimizer
         hp_map:dict=None, # fastai's name for each of the optimizer's options, `hyper_names(opt)` if `None`
         **kwargs, # Options of the optimizer, under PyTorch's names
     ):
@@ -144,7 +145,7 @@ def load_state_dict(self:TorchOptimizer,
 
 # %% ../../nbs/optimizer.wrapper.ipynb #f45a0e7b
 def torch_opt(
-    opt:callable, # A torch optimizer constructor
+    opt:Callable, # A torch optimizer constructor
     **kwargs, # Its options, under PyTorch's names
 ) -> partial:
     "An `opt_func` for `Learner` that makes a `TorchOptimizer`. `TypeError` if `opt` is an optimizer and not a constructor"
