@@ -107,7 +107,7 @@ OPTIMI = dict(
     Adam=('AdamW', _betas),
     RAdam=('RAdam', lambda h: dict(decouple_wd=True, **_betas(h))),
     Ranger=('Ranger', lambda h: dict(k=h['k'], alpha=h['alpha'], **_betas(h))),
-    StableAdam=('StableAdamW', _betas),
+    StableAdam=('StableAdamW', lambda h: dict(triton=False, **_betas(h))), # Triton needs a GPU
     Adan=('Adan', _three_betas))
 TIMM = dict(
     Larc=('Lars', lambda h: dict(always_adapt=True, trust_coeff=h['trust_coeff'], eps=h['eps'], **_momentum(h))),
@@ -122,7 +122,7 @@ PYTORCH_OPTIMIZER = dict(
     AdaBelief=('AdaBelief', lambda h: dict(weight_decouple=True, **_betas(h))),
     LaProp=('LaProp', lambda h: dict(weight_decouple=True, **_betas(h))),
     MARS=('MARS', lambda h: dict(betas=(h['mom'], h['sqr_mom']), betas_1d=(h['mom_1d'], h['sqr_mom_1d']), gamma=h['gamma'], eps=h['eps'],
-                                 weight_decay=h['wd'], weight_decay_1d=h['wd'], weight_decouple=True, optimize_1d=h['vectors'])))
+                                 weight_decay=h['wd'], weight_decay_1d=h['wd'], weight_decouple=True, optimize_1d=h['vectors'], lr_1d_factor=h['lr_1d'])))
 SCHEDULEFREE = dict(
     ScheduleFreeAdam=('AdamWScheduleFree', lambda h: dict(warmup_steps=h['warmup'], **_betas(h))),
     ScheduleFreeSGD=('SGDScheduleFree', lambda h: dict(warmup_steps=h['warmup'], **_momentum(h))))
