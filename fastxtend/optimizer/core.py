@@ -469,7 +469,7 @@ def backend_report(self:FastOptimizer) -> Report:
         params, when = [p for i,pg in enumerate(self.param_lists) for p in pg if i >= self.frozen_idx or p.requires_grad], 'not stepped yet, expected:'
         ran = expected([p.to_local() if is_sharded(p) and not self.composition().sums else p for p in params], self.kernels, self.engine)
     else: params, when, ran = self._ran.params, 'last step:', [self._ran.ran(i) for i in range(len(self._ran.params))]
-    def state(p): return tensors_in(self.state.get(p, {})) or {n: self.dtype_of(p, s) for n,s in self.own_slots.items()}
+    def state(p): return tensors_in(self.state.get(p, {})) or {n: self.dtype_of(p, n, s) for n,s in self.own_slots.items()}
     return Report((row_of(place[id(p)], p, state(p), *r) for p,r in zip(params, ran)), f"{self.spec.name} ({type(self).__name__}), {when}")
 
 @patch
