@@ -147,8 +147,10 @@ def snapshot(opt, params):
 
 def carried(opt):
     "What is carried from step to step, if there is anything. What starts at 0 is a sum, which may come close to it by cancellation: `distance` knows lone numbers"
-    starts, values = {n: c.start for n,c in opt.composition().carried.items()} if hasattr(opt, 'composition') else {}, getattr(opt, 'carried', None)
-    return dict(carried={n: torch.tensor(float(x) if starts[n] == 0 else [float(x)], dtype=torch.float32) for n,x in values.items()}) if values else {}
+    values = getattr(opt, 'carried', None)
+    if not values: return {}
+    carries = opt.composition().carried
+    return dict(carried={n: torch.tensor(float(x) if carries[n].start == 0 else [float(x)], dtype=torch.float32) for n,x in values.items()})
 
 def lookahead(opt):
     "`count` and `slow_weights`, if there are any"
