@@ -2,7 +2,7 @@
 from declarations, where methods are patched in, and where names are computed. What is in them is read from the modules, never written down here.
 
 `python .ci/stubs.py` writes them beside the modules; `.ci/sync` compares them with what is committed."""
-import ast, builtins, inspect, sys, types, warnings
+import ast, builtins, inspect, math, sys, types, warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property, partial, partialmethod
@@ -76,7 +76,7 @@ class Stub:
             last, text = p.kind, widen(p.name, self.text(p.annotation, scope))
             if p.name == 'self': text = ''
             star = {kinds.VAR_POSITIONAL: '*', kinds.VAR_KEYWORD: '**'}.get(p.kind, '')
-            plain = p.default is None or isinstance(p.default, (bool, int, float, str)) and '\n' not in repr(p.default) or p.default == ()
+            plain = p.default is None or isinstance(p.default, (bool, int, float, str)) and p.default not in (math.inf, -math.inf) or p.default == ()
             default = '' if p.default is kinds.empty else repr(p.default) if plain else '...'
             if default == 'None' and text and 'None' not in text and text != 'Any': text += ' | None'
             res.append(star + p.name + (f': {text}' if text else '') + (f' = {default}' if default and text else default and f'={default}'))

@@ -144,7 +144,7 @@ def column_of(
         first = dict(betas=tuple(own.pop(n) for n in betas))
     else:
         names.update({n: ('momentum', None) for n in betas})
-        first = {'momentum': own.pop(n) for n in betas}
+        first = dict(momentum=own.pop(betas[0])) if betas else {}
     wd = own.pop('wd')
     names.update({n: (n, None) for n in own})
     defaults = dict(lr=spec.lr or 1e-3, **first, **own, weight_decay=wd, decoupled_weight_decay=True, maximize=False)

@@ -77,7 +77,7 @@ class MARS(TorchStyle):
     column: Column
     structure: Any
 class Prodigy(TorchStyle):
-    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]], lr: float = 1.0, betas: tuple[float, float, float] = ..., *, eps: float = 1e-08, first_estimate: float = 1e-06, coef: float = 1.0, growth: float = inf, correct_bias: bool = False, safeguard: bool = False, weight_decay: float = 0.0, decoupled_weight_decay: bool = True, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None, state: bool | None = None, weights: bool | None = None) -> None: ...
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]], lr: float = 1.0, betas: tuple[float, float, float] = ..., *, eps: float = 1e-08, first_estimate: float = 1e-06, coef: float = 1.0, growth: float = ..., correct_bias: bool = False, safeguard: bool = False, weight_decay: float = 0.0, decoupled_weight_decay: bool = True, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None, state: bool | None = None, weights: bool | None = None) -> None: ...
     column: Column
     structure: Any
 class ScheduleFreeAdam(TorchStyle):
