@@ -11,7 +11,7 @@ ready := $(VENV)/.ready
 docs_ready := $(VENV)/.docs_ready
 PORT ?= 4000
 
-.PHONY: help demo test setup sync lint types nbtest pytest coverage readme export outputs docs docs-serve docs-check docs-test dist-test oldest soak clean gpu-wheels
+.PHONY: help demo test setup sync lint types nbtest pytest coverage readme export outputs docs docs-serve docs-check docs-test dist-test oldest memcheck soak clean gpu-wheels
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -97,6 +97,9 @@ gpu-wheels: setup ## What examples/gpu_check.py needs on a machine with a GPU an
 
 oldest: ## Run the tests with the oldest versions that settings.ini allows (PYTHON=python3.10)
 	@$(MAKE) --no-print-directory pytest VENV=.venv-oldest CONSTRAINTS=.ci/oldest.txt EXTRAS=fused,test
+
+memcheck: setup ## Steps of all optimizers under Valgrind (to be installed by you): does a kernel touch what is not its own? NAMES="Adam Lamb" chooses
+	$(bin)/python .ci/memcheck.py $(NAMES)
 
 soak: setup ## The long runs: 20,000 sequences of the adversary, 50,000 random cases, 100,000 steps of each backend, 60 kills, everything around the step at once
 	ADVERSARY_SEQUENCES=20000 PROPERTY_EXAMPLES=50000 FASTXTEND_SOAK_STEPS=12500 FASTXTEND_KILLS=20 OMP_WAIT_POLICY=passive \

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .optimizer.all import OPTIMIZERS
 from .optimizer.attach import Attachment, scale_gradients
 from .optimizer.batch import as_number, check_params, describe
-from .optimizer.core import check_k
+from .optimizer.core import check_k, in_full
 from .optimizer.declare import BACKENDS, FLAGS, backend_of, build
 from .optimizer.fused import RADAM_SCALARS, adam_step, momentum_step, sgd_step
 from .optimizer.kernels import check_numba
@@ -267,7 +267,8 @@ def make_engine(self:TorchStyle,
     for s,p in [(state[p], p) for p in params if state.get(p)]:
         for n in numbers:
             if n in column.inner: s.setdefault(n, 1) # not the first step
-        if engine.slot_dtype is not None: s.update({n: engine._loaded_item(p, n, v) for n,v in s.items()})
+        if engine.slot_dtype is not None:
+            for n in [n for n in engine.own_slots if n in s]: s.update(engine._loaded_slot(p, n, s[n], s))
     if engine.own_slots or numbers: engine.state = state # else nothing is kept
     return engine
 
@@ -378,7 +379,7 @@ def hide_state(self:TorchStyle):
 def state_dict(self:TorchStyle) -> dict:
     "State and groups, as those of `torch.optim`"
     sd, inner = torch.optim.Optimizer.state_dict(self), self.column.inner
-    def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in s.items() if n not in inner}
+    def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in in_full(s).items() if n not in inner}
     groups = [{**g, 'carried': {n: float(x) for n,x in g['carried'].items()}} if 'carried' in g else g for g in sd['param_groups']]
     return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items()}, 'param_groups': groups}
 

@@ -581,6 +581,18 @@ def test_parameters_without_slow_weights(name, way, where):
         return [*params, *(s for pg in opt.slow_weights for s in pg)]
     assert_same(run('native'), run(way), ALLOWED[way])
 
+@pytest.mark.parametrize('name', [n for n in NAMES if OPTIMIZERS[n].has_lookahead])
+@each_way
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=['double', 'bfloat16'])
+def test_lookahead_of_converted_parameters_without_gradients(name, way, dtype):
+    "Slow weights keep their dtype, and what has no gradient meets them as well"
+    def run(way):
+        opt, params = started(name, way, k=1)
+        for p in params: p.grad, p.data = None, p.data.to(dtype)
+        for _ in range(2): step_with(opt, params, [torch.ones_like(p) if i else None for i,p in enumerate(params)])
+        return params[0].detach().float(), opt.slow_weights[0][0]
+    for a,b in zip(run('native'), run(way)): assert b.dtype == a.dtype == torch.float32 and distance(a, b) <= ALLOWED[way]
+
 @each_name
 @each_way
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['half', 'bfloat16'])

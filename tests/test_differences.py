@@ -98,6 +98,21 @@ def test_gradients_are_read_only(name, way):
 
 @each_name
 @each_way
+def test_listed_twice_with_l2(name, way):
+    "fastai's second step of a parameter finds the regularization of the first in its gradient; ours is what two steps of fastai are with a gradient of their own"
+    def run(way, lists, steps):
+        params = make_params(SMALL)
+        opt = build(name, lists(params), way, **{**KWARGS, 'decouple_wd': False})
+        for gs in grads(2): # before Lookahead synchronises, which counts calls
+            for _ in range(steps): step_with(opt, params, gs)
+        return dict(params=[p.detach() for p in params], states=states(opt, params))
+    def twice(params): return [params, params]
+    expected = run('native', noop, 2)
+    assert_same(expected, run(way, twice, 1), TOLERANCE[way])
+    with pytest.raises(AssertionError): assert_same(expected, run('native', twice, 1), TOLERANCE[way])
+
+@each_name
+@each_way
 def test_a_state_dict_stays_the_callers(name, way):
     "fastai's `load_state_dict` trains on the tensors it is given, and Lookahead's takes items out of the dict"
     def resumed(way):

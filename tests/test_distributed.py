@@ -1,11 +1,13 @@
 "Two processes on CPUs: DDP trains as one process does on the whole batch, and so does FSDP2"
 import os, socket, subprocess, sys
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 from common import *
 
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+from fastxtend.callback.clip import GradientClip
 from fastxtend.optimizer import plan
 from fastxtend.optimizer.plan import SHARDED
 from torch import distributed as dist, nn
@@ -198,6 +200,20 @@ def twice(name, way):
     if way == 'jit' and norms_of(name): return 'is refused'
     return check_close(trained(net(), 'native', noop), trained(shard(net()), way))
 
+def clipped(name, way):
+    "The norm is that of whole parameters, in all processes: it is not one for the step, so gradients are clipped before it"
+    def trained(model, way, part):
+        opt, cb = optimizer(name, way, model), GradientClip(.1)
+        cb.learn, norms = SimpleNamespace(opt=opt, cbs=[cb], parameters=model.parameters), []
+        for x,y in batches()[:4]:
+            nn.functional.cross_entropy(model(part(x)), part(y)).backward()
+            cb.before_step()
+            opt.step()
+            norms.append(float(cb.norm))
+            opt.zero_grad()
+        return [*weights(model), torch.tensor(norms, dtype=torch.float64)]
+    return check_close(trained(net(), 'native', noop), trained(shard(net()), way, own_part))
+
 def interpreted(name, way):
     "Shards in the CUDA kernels, which Triton's interpreter runs on CPUs"
     if way != 'fused': return 'has no kernel'
@@ -210,7 +226,7 @@ def interpreted(name, way):
     plan.kernels_for.cache_clear()
     return check_close(weights(alone(name, net, 2)[0]), weights(model))
 
-TASKS = {f.__name__: f for f in (ddp, distrib_ctx, fsdp, wide, partly, twice, interpreted)}
+TASKS = {f.__name__: f for f in (ddp, distrib_ctx, fsdp, wide, partly, twice, clipped, interpreted)}
 
 def launch(folder, **tasks):
     "Run the tasks for some optimizers with each backend in `WORLD` processes"
@@ -232,7 +248,7 @@ def launch(folder, **tasks):
 
 def test_two_processes(tmp_path):
     with_triton = dict(interpreted=['Adam', 'Ranger']) if has_triton() else {}
-    launch(tmp_path, ddp=WITH_ORACLE, fsdp=WITH_ORACLE, wide=['Adam', 'Lamb'], partly=WITH_ORACLE, twice=WITH_ORACLE, **with_triton)
+    launch(tmp_path, ddp=WITH_ORACLE, fsdp=WITH_ORACLE, wide=['Adam', 'Lamb'], partly=WITH_ORACLE, twice=WITH_ORACLE, clipped=['Adam'], **with_triton)
 
 def test_distrib_ctx(tmp_path):
     pytest.importorskip('accelerate')

@@ -322,6 +322,18 @@ def test_pickle():
     for o in (learn, copy): set_seed(3); o.dls.train.rng.seed(5); fit(o, 1)
     for a,b in zip(params(learn), params(copy)): assert torch.equal(a, b)
 
+@pytest.mark.parametrize('way', ['foreach', 'fused'])
+def test_lr_find(way, tmp_path):
+    "It trains with what is attached, and leaves everything as it was"
+    def run(way, Clip, *more):
+        learn = learner(adam(**flags(way)), [Clip(.6), EMACallback(.9, replace_weights=False), *more], path=tmp_path)
+        with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=10, end_lr=.1, show_plot=False)
+        losses = [float(o) for o in learn.recorder.losses]
+        return fit(learn, 1), losses
+    (native, expected), (learn, losses) = run('native', NativeClip), run(way, GradientClip, ClearGradients())
+    np.testing.assert_allclose(losses, expected, rtol=1e-10)
+    assert_close(native, learn, 1e-10/torch.finfo(torch.float64).eps)
+
 # --- Averaging
 
 def test_average_has_its_own_state():

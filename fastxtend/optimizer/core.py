@@ -531,7 +531,7 @@ def grad_norm(self:FastOptimizer) -> float|None: # `None` if it is not known, fo
     "Norm of all gradients of the last step before they were clipped. To read it is to wait for it"
     total, norm = self.sums.get('grad_sqr'), self.sums.get('grad_norm')
     if total is not None: return math.sqrt(float(total.sum() if isinstance(total, Tensor) else total))
-    return norm if norm is None else float(norm)
+    return norm if norm is None else float(norm.full_tensor() if is_sharded(norm) else norm)
 
 # %% ../../nbs/optimizer.core.ipynb #dd8bf3de
 _any_requires_grad = getattr(torch._C, '_any_requires_grad', lambda *ts: any(t.requires_grad for t in ts))
@@ -692,7 +692,9 @@ class LookaheadMixin:
         except Exception: # a refused step leaves nothing behind
             if first: self.slow_weights = None
             raise
-        for fast,slow in left: self.write_weights(fast, slow.lerp_(self.weights_of(fast), self.alpha))
+        for fast,slow in left:
+            new = self.weights_of(fast)
+            self.write_weights(fast, slow.lerp_(new, self.alpha) if slow.dtype == new.dtype else slow.add_(new - slow, alpha=self.alpha))
         self.count += 1
 
     def step_with(self,
