@@ -101,10 +101,10 @@ oldest: ## Run the tests with the oldest versions that settings.ini allows (PYTH
 memcheck: setup ## Steps of all optimizers under Valgrind (to be installed by you): does a kernel touch what is not its own? NAMES="Adam Lamb" chooses
 	$(bin)/python .ci/memcheck.py $(NAMES)
 
-soak: setup ## The long runs: 20,000 sequences of the adversary, 50,000 random cases, 100,000 steps of each backend, 60 kills, everything around the step at once
+soak: setup ## The long runs: 20,000 sequences of the adversary, 50,000 random cases, 100,000 steps of each backend, 60 kills, and every case of every test
 	ADVERSARY_SEQUENCES=20000 PROPERTY_EXAMPLES=50000 FASTXTEND_SOAK_STEPS=12500 FASTXTEND_KILLS=20 OMP_WAIT_POLICY=passive \
 		$(bin)/python -m pytest -n $(JOBS) -s tests/test_adversary.py tests/test_property.py tests/test_soak.py tests/test_resume.py $(ARGS)
-	SOAK=1 OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) tests/test_onepass.py -k all_at_once
+	SOAK=1 OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) $(ARGS)
 
 clean: ## Remove what was built, but not the environment
 	rm -rf build dist wheels *.egg-info demo_out bench_out _docs _proc htmlcov .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache

@@ -146,9 +146,9 @@ def snapshot(opt, params):
                          hypers=[dict(h) for h in opt.hypers], **carried(opt), **lookahead(opt)))
 
 def carried(opt):
-    "What is carried from step to step, if there is anything"
-    names = getattr(opt, 'carried', None)
-    return dict(carried={n: torch.tensor([float(x)], dtype=torch.float32) for n,x in names.items()}) if names else {}
+    "What is carried from step to step, if there is anything. What starts at 0 is a sum, which may come close to it by cancellation: `distance` knows lone numbers"
+    starts, values = {n: c.start for n,c in opt.composition().carried.items()} if hasattr(opt, 'composition') else {}, getattr(opt, 'carried', None)
+    return dict(carried={n: torch.tensor(float(x) if starts[n] == 0 else [float(x)], dtype=torch.float32) for n,x in values.items()}) if values else {}
 
 def lookahead(opt):
     "`count` and `slow_weights`, if there are any"

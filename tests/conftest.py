@@ -1,5 +1,5 @@
 "Settings of all tests: nothing random from run to run, and no window for a plot"
-import os
+import os, zlib
 
 os.environ.setdefault('MPLBACKEND', 'agg')
 
@@ -8,13 +8,25 @@ from hypothesis import settings
 settings.register_profile('fastxtend', derandomize=True, deadline=None, print_blob=True)
 settings.load_profile('fastxtend')
 
+# Products of optimizers and storage formats or options: a sample of them in `make test`, all of them in `make soak`
+PRODUCTS = {'test_exact', 'test_int8', 'test_formats', 'test_optim', 'test_modifiers'}
+ONE_IN = 4
+
+def name_of(item):
+    "The optimizer that a case is about, if it is about one"
+    params = getattr(getattr(item, 'callspec', None), 'params', {})
+    return params.get('name') or getattr(params.get('c'), 'name', None)
+
 def pytest_collection_modifyitems(config, items):
-    "`jit` is for optimizers that have a script: the table tells which"
+    """`jit` is for optimizers that have a script: the table tells which. All cases of fastai's eight are run; of others, and of products, one in
+    `ONE_IN`, chosen by a hash of the name of the case, unless `SOAK` is set or `-k` or a name asks for them"""
     from fastxtend.optimizer.all import OPTIMIZERS
+    everything = os.environ.get('SOAK') or config.getoption('keyword') or any('::' in a for a in config.args)
     def runs(item):
-        params = getattr(getattr(item, 'callspec', None), 'params', {})
-        name = params.get('name') or getattr(params.get('c'), 'name', None)
-        return 'jit' not in [params.get(k) for k in ('way', 'source', 'target')] or name not in OPTIMIZERS or OPTIMIZERS[name].jit is not None
+        params, name = getattr(getattr(item, 'callspec', None), 'params', {}), name_of(item)
+        if 'jit' in [params.get(k) for k in ('way', 'source', 'target')] and name in OPTIMIZERS and OPTIMIZERS[name].jit is None: return False
+        sampled = item.module.__name__ in PRODUCTS or name in OPTIMIZERS and OPTIMIZERS[name].native is None
+        return everything or not params or not sampled or zlib.crc32(item.nodeid.encode()) % ONE_IN == 0
     dropped = [i for i in items if not runs(i)]
     if dropped: config.hook.pytest_deselected(items=dropped)
     items[:] = [i for i in items if runs(i)]

@@ -350,7 +350,7 @@ class Adversary(RuleBasedStateMachine):
         if i == j or self.native.params[i].shape != self.native.params[j].shape or self.native.params[i].dtype in SMALL_DTYPES: return
         def f(side):
             for k,t in side.slots(i).items():
-                if k in side.slots(j) and t.dtype == side.of(j)[k].dtype: side.of(j)[k] = t
+                if k in side.slots(j) and t.dtype == side.of(j)[k].dtype and t.dtype not in SMALL_DTYPES: side.of(j)[k] = t # those `widened` would part
         self.each(f)
         self.act('share slots')
 

@@ -9,8 +9,9 @@ from fastxtend.benchmark import models, steps, training
 from fastxtend.benchmark.__main__ import command, main
 from fastxtend.benchmark.models import CliError, NotInstalled, UnknownName, model_shapes, shapes_of
 from fastxtend.benchmark.report import PUBLISHED, frame, machine, noisy, pivot, published_table, step_report, step_summary, time_cell, verdict
-from fastxtend.benchmark.steps import (LR, OPTIMI, OURS, TIMM, TORCH, WARM_UP, Benchmark, Contest, Contestant, Stopwatch, Watcher,
-                                       bytes_per_parameter, choose_backends, device_name, group_lrs, hypers_of, race, recommend, tensors_per_parameter)
+from fastxtend.benchmark.steps import (LION, LR, OPTIMI, OURS, PRODIGY, PYTORCH_OPTIMIZER, SCHEDULEFREE, TIMM, TORCH, WARM_UP, Benchmark, Contest,
+                                       Contestant, Stopwatch, Watcher, bytes_per_parameter, choose_backends, device_name, group_lrs, hypers_of, race,
+                                       recommend, tensors_per_parameter)
 from fastxtend.optimizer.table import OPTIMIZERS
 
 class FakeClock:
@@ -128,15 +129,16 @@ def test_calls_and_memory_of_backends():
 
 # Contestants
 
-PEERS = dict(torch_loop=TORCH, torch_foreach=TORCH, torch_fused=('SGD', 'Adam'), optimi=OPTIMI, timm=TIMM)
+PEERS = dict(torch_loop=TORCH, torch_foreach=TORCH, torch_fused=('SGD', 'Adam'), optimi=OPTIMI, timm=TIMM,
+             lion_pytorch=LION, pytorch_optimizer=PYTORCH_OPTIMIZER, schedulefree=SCHEDULEFREE, prodigyopt=PRODIGY)
 
 @pytest.mark.parametrize('backend,name', [(b, n) for b in OURS[1:] for n,o in OPTIMIZERS.items() if b != 'jit' or o.jit] + [(b, n) for b,names in PEERS.items() for n in names])
 def test_contestants_step_alike(backend, name):
     "All contestants move parameters in the same direction as native, by about as much"
-    if backend in ('optimi', 'timm'): pytest.importorskip(backend)
+    if backend in PEERS and not backend.startswith('torch'): pytest.importorskip(backend)
     moved = {}
     for b in ('native', backend):
-        step = Contest('4x30', name, [b], groups=2).build()[b]
+        step = Contest('4x30', name, [b], groups=1 if backend == 'prodigyopt' else 2).build()[b]
         opt = step.__self__
         params = [p for g in (opt.param_lists if hasattr(opt, 'param_lists') else [g['params'] for g in opt.param_groups]) for p in g]
         before = [p.detach().clone() for p in params]

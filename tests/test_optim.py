@@ -363,10 +363,11 @@ def test_state_formats(name, state):
     qs = [ps[0].detach().clone().requires_grad_()]
     loaded = getattr(ours, name)(qs, state=state)
     loaded.load_state_dict(sd)
+    loaded.engines() # what stores it
+    for n,t in opt.state[ps[0]].items(): # codes are the same, scales but for the last bit
+        torch.testing.assert_close(loaded.state[qs[0]][n], t, rtol=3e-7 if n.endswith('scales') else 0, atol=0)
     for i in range(2, 4): go_on(opt, ps, i), go_on(loaded, qs, i)
-    assert loaded.state[qs[0]]['exp_avg'].dtype is kept
-    if state == 'int8': assert torch.isclose(ps[0], qs[0], rtol=0, atol=1e-6).double().mean() > .999 # rounded anew to 8 bits: a sign of Lion may be another where it is nearly zero
-    else: assert_close(ps, qs, 0)
+    assert_close(ps, qs, 5e-4 if state == 'int8' else 0) # and with the last bit of a scale, it is another draw of how a number is rounded
     with pytest.raises(ValueError, match='fused=True'): getattr(ours, name)(ps, state=state, foreach=True)
 
 def test_runner(tmp_path):

@@ -137,6 +137,11 @@ def prodigy(params, grads, states, model, t, lr, mom, sqr_mom, estimate_mom, eps
 
 TWINS = {f.__name__: f for f in (prodigy, schedulefreesgd, schedulefreeadam, lion, nadam, stableadam, adan, adopt, ademamix, adabelief, laprop, mars)}
 
+def twin_step(name, params, grads, states, model, t, lr, **hypers):
+    "Parameters after a step of a twin; `model` is a dict for what there is one of"
+    if name.lower() == 'prodigy': return prodigy(params, grads, states, model, t, lr=[lr]*len(params), **hypers)
+    return [TWINS[name.lower()](p, g, s, t, lr=lr, **hypers) for p,g,s in zip(params, grads, states)]
+
 # Hyperparameters that a test of an optimizer needs, beside its defaults
 SETTINGS = dict(AdEMAMix=[dict(slow_warmup=0), dict(slow_warmup=60)], MARS=[dict(vectors=False), dict(vectors=True), dict(mom_1d=.8, sqr_mom_1d=.9, lr_1d=.5)],
                 Prodigy=[dict(first_estimate=.1), dict(first_estimate=.01, coef=2., growth=1.1, estimate_mom=.99, correct_bias=True, safeguard=True)],
@@ -171,8 +176,7 @@ def test_twin(name, wd, changing, settings):
     params, grads = start()
     states, hypers, model = [{} for _ in params], {**OPTIMIZERS[name].hypers, 'wd': wd, **settings}, {}
     for t,gs in enumerate(grads):
-        if name == 'Prodigy': params = prodigy(params, gs, states, model, t+1, lr=[lr_at(t, changing)]*len(params), **hypers)
-        else: params = [TWINS[name.lower()](p, g, s, t+1, lr=lr_at(t, changing), **hypers) for p,g,s in zip(params, gs, states)]
+        params = twin_step(name, params, gs, states, model, t+1, lr=lr_at(t, changing), **hypers)
     assert farthest(params, ours(name, wd, changing, **settings)) < 1e-10
 
 @dataclass(frozen=True)

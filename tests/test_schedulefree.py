@@ -138,6 +138,123 @@ def test_exported(name, tmp_path):
     learn.export()
     for p,q in zip(learn.model.parameters(), load_learner(tmp_path/'export.pkl').model.parameters()): assert torch.equal(p, q)
 
+def trained(learn):
+    "A learner in the middle of its training"
+    learn.add_cb(watch := Watch(stop_at=3, error=KeyboardInterrupt))
+    with learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(1, .1)
+    learn.remove_cb(watch)
+    assert not all_at_average(learn)
+    return learn
+
+def weights(model): return [p.detach().clone() for p in model.parameters()]
+
+def average_of(learn): return averages(learn.opt, list(learn.model.parameters()))
+
+def assert_close(xs, ys):
+    for x,y in zip(xs, ys, strict=True): torch.testing.assert_close(x, y)
+
+@each_name
+@pytest.mark.parametrize('before', (False, True), ids=('at first', 'after an epoch'))
+def test_lr_find_leaves_no_trace(name, before, tmp_path):
+    learn = learner(partial(constructor(name), fused=True), tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        if before: learn.fit(1, .1)
+        else: learn.create_opt()
+        was, state = weights(learn.model), deepcopy(learn.opt.state_dict()['state'])
+        learn.lr_find(num_it=10, show_plot=False)
+        for p,w in zip(learn.model.parameters(), was): assert torch.equal(p, w)
+        assert_same(dict(state=state), dict(state=learn.opt.state_dict()['state']))
+        learn.fit(1, .1)
+    assert all_at_average(learn)
+
+@each_name
+def test_interrupted_and_saved(name, tmp_path):
+    "What is saved is the average, and training goes on from where it was"
+    learn = trained(learner(partial(constructor(name), fused=True), tmp_path))
+    y, x = weights(learn.model), [a.detach() for a in average_of(learn)]
+    learn.save('interrupted')
+    assert not all_at_average(learn)
+    assert_close(weights(learn.model), y)
+    other = learner(partial(constructor(name), fused=True), tmp_path)
+    other.create_opt()
+    other.load('interrupted', with_opt=True)
+    assert all_at_average(other)
+    assert_close(weights(other.model), x)
+    other.opt.train()
+    assert_close(weights(other.model), y)
+    assert_close([learn.opt.state[p]['base_weights'] for p in learn.model.parameters()], [other.opt.state[p]['base_weights'] for p in other.model.parameters()])
+
+@each_name
+def test_interrupted_and_predicted(name, tmp_path):
+    learn = trained(learner(partial(constructor(name), fused=True), tmp_path))
+    (w, b), (xs, ys) = [a.detach() for a in average_of(learn)], map(torch.cat, zip(*learn.dls.valid))
+    with learn.no_bar(), learn.no_logging(): preds, targs = learn.get_preds(dl=Plain(learn.dls.valid))
+    assert all_at_average(learn)
+    torch.testing.assert_close(preds, xs @ w.T + b)
+    assert torch.equal(targs, ys)
+
+@each_name
+def test_interrupted_and_exported(name, tmp_path):
+    from test_learner import learner as with_data
+    learn = trained(with_data(name, 'fused', path=tmp_path))
+    y = weights(learn.model)
+    learn.export()
+    exported = load_learner(tmp_path/'export.pkl').model
+    assert_close(weights(learn.model), y)
+    learn.opt.eval()
+    assert_close(weights(learn.model), weights(exported))
+
+class SaveInTraining(Callback):
+    def after_batch(self):
+        if self.training and self.iter == 3: self.learn.save('in_training')
+
+@each_name
+def test_saved_in_the_middle_of_an_epoch(name, tmp_path):
+    "Training is the same, but for rounding on the way to the average and back"
+    def run(*cbs):
+        learn = learner(partial(constructor(name), fused=True), tmp_path, cbs=cbs)
+        with learn.no_logging(): learn.fit(2, .1)
+        return weights(learn.model)
+    plain = run()
+    for a,b in zip(plain, run(SaveInTraining())): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    other = learner(partial(constructor(name), fused=True), tmp_path)
+    other.create_opt()
+    other.load('in_training', with_opt=True)
+    assert all_at_average(other)
+
+@each_name
+def test_the_best_model_is_an_average(name, tmp_path):
+    "`SaveModelCallback` with the optimizer, which is loaded again after training, and training afterwards"
+    learn = learner(partial(constructor(name), fused=True), tmp_path, cbs=SaveModelCallback(with_opt=True))
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, .1)
+    assert all_at_average(learn)
+    best = min(v[1] for v in learn.recorder.values)
+    learn.remove_cb(SaveModelCallback)
+    assert learn.validate()[0] == pytest.approx(best, rel=1e-5)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    assert all_at_average(learn)
+
+class Plain(list):
+    "Batches"
+    bs, device = 8, None
+    def new(self, **kwargs): return self
+
+@each_name
+@pytest.mark.parametrize('asked', (False, True))
+def test_statistics_of_batch_norm(name, asked, tmp_path):
+    "Those of the average where they are asked for: PyTorch's function finds the same"
+    from torch.optim.swa_utils import update_bn
+    learn = learner(partial(constructor(name), fused=True), tmp_path, cbs=ScheduleFreeCallback(update_bn=asked))
+    learn.model, dl = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), Plain(learn.dls.train)
+    learn.dls = DataLoaders(dl, dl)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, .1)
+    expected = deepcopy(learn.model)
+    update_bn(dl, expected)
+    same = torch.allclose(expected[1].running_mean, learn.model[1].running_mean, atol=1e-6) and torch.allclose(expected[1].running_var, learn.model[1].running_var, rtol=1e-5)
+    assert same == asked
+    learn.lr_find(num_it=4, show_plot=False)
+    learn.get_preds()
+
 def test_other_learners_are_left_alone(tmp_path):
     learn = learner(helper('Adam')(fused=True), tmp_path)
     with learn.no_logging(): learn.fit(1, .1)

@@ -27,10 +27,11 @@ def inputs_of(
     flags = [n for n,v in defaults.items() if isinstance(v, bool) and n not in ('maximize', 'decoupled_weight_decay')]
     def inputs(device=None, dtype=None):
         more = dict(eps=.1) if dtype == torch.float16 and 'eps' in defaults else {}
-        options = dict(default={}, lr=dict(lr=.01), decay=dict(weight_decay=.1), maximize=dict(weight_decay=.1, maximize=True), l2=dict(weight_decay=.1, decoupled_weight_decay=False),
+        lr = defaults['lr']
+        options = dict(default={}, lr=dict(lr=lr/2 if lr == 1. else 10*lr), decay=dict(weight_decay=.1), maximize=dict(weight_decay=.1, maximize=True), l2=dict(weight_decay=.1, decoupled_weight_decay=False),
                        **{n: {n: not defaults[n]} for n in flags})
         if 'momentum' in defaults: options['momentum'] = dict(momentum=0. if defaults['momentum'] else .9)
-        return [co.OptimizerInput(params=None, kwargs={'weight_decay': 0., **more, **o}, desc=n) for n,o in options.items()]
+        return [co.OptimizerInput(params=None, kwargs={'lr': lr, 'weight_decay': 0., **more, **o}, desc=n) for n,o in options.items()]
     return inputs
 
 def errors_of(

@@ -21,11 +21,11 @@ from ..optimizer.declare import helper_of
 from ..optimizer.table import OPTIMIZERS
 
 # %% auto #0
-__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'CONTESTANTS', 'COPY', 'WARM_UP', 'TURN', 'OURS', 'hypers_of',
-           'optimizer_name', 'bytes_per_parameter', 'tensors_per_parameter', 'split_groups', 'group_lrs', 'Lacking',
-           'Contestant', 'contestant_name', 'Stopwatch', 'time_calls', 'race', 'Watcher', 'watch_calls', 'Result',
-           'summarize', 'Contest', 'choose', 'device_name', 'choose_backends', 'Benchmark', 'Recommendation',
-           'recommend']
+__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'LION', 'PYTORCH_OPTIMIZER', 'SCHEDULEFREE', 'PRODIGY', 'CONTESTANTS',
+           'COPY', 'WARM_UP', 'TURN', 'OURS', 'hypers_of', 'optimizer_name', 'bytes_per_parameter',
+           'tensors_per_parameter', 'split_groups', 'group_lrs', 'Lacking', 'Contestant', 'contestant_name',
+           'Stopwatch', 'time_calls', 'race', 'Watcher', 'watch_calls', 'Result', 'summarize', 'Contest', 'choose',
+           'device_name', 'choose_backends', 'Benchmark', 'Recommendation', 'recommend']
 
 # %% ../../nbs/benchmark.steps.ipynb #047eca0f
 SETTINGS = dict(SGD=dict(mom=.9))
@@ -92,21 +92,41 @@ def _ours(**flags):
 
 # %% ../../nbs/benchmark.steps.ipynb #4d2433a4
 def _betas(h): return dict(betas=(h['mom'], h['sqr_mom']), eps=h['eps'], weight_decay=h['wd'])
+def _three_betas(h): return {**_betas(h), 'betas': (h['mom'], h['diff_mom'], h['sqr_mom'])}
+def _lion(h): return dict(betas=(h['mom'], h['avg_mom']), weight_decay=h['wd'])
 def _momentum(h): return dict(momentum=h['mom'], weight_decay=h['wd'])
 
 TORCH = dict(
     SGD=('SGD', _momentum),
     RMSProp=('RMSprop', lambda h: dict(alpha=h['sqr_mom'], eps=h['eps'], **_momentum(h))),
     Adam=('AdamW', _betas),
-    RAdam=('RAdam', lambda h: dict(decoupled_weight_decay=True, **_betas(h))))
+    RAdam=('RAdam', lambda h: dict(decoupled_weight_decay=True, **_betas(h))),
+    NAdam=('NAdam', lambda h: dict(decoupled_weight_decay=True, momentum_decay=h['mom_decay'], **_betas(h))))
 OPTIMI = dict(
     SGD=('SGD', lambda h: dict(decouple_wd=True, **_momentum(h))),
     Adam=('AdamW', _betas),
     RAdam=('RAdam', lambda h: dict(decouple_wd=True, **_betas(h))),
-    Ranger=('Ranger', lambda h: dict(k=h['k'], alpha=h['alpha'], **_betas(h))))
+    Ranger=('Ranger', lambda h: dict(k=h['k'], alpha=h['alpha'], **_betas(h))),
+    StableAdam=('StableAdamW', lambda h: dict(triton=False, **_betas(h))), # Triton needs a GPU
+    Adan=('Adan', _three_betas))
 TIMM = dict(
     Larc=('Lars', lambda h: dict(always_adapt=True, trust_coeff=h['trust_coeff'], eps=h['eps'], **_momentum(h))),
     Lamb=('Lamb', lambda h: dict(trust_clip=True, decoupled_decay=True, max_grad_norm=None, **_betas(h))))
+LION = dict(Lion=('Lion', _lion))
+PYTORCH_OPTIMIZER = dict(
+    Lion=('Lion', lambda h: dict(weight_decouple=True, **_lion(h))),
+    StableAdam=('StableAdamW', _betas),
+    Adan=('Adan', _three_betas),
+    ADOPT=('ADOPT', lambda h: dict(weight_decouple=True, **_betas(h))),
+    AdEMAMix=('AdEMAMix', lambda h: {**_betas(h), 'betas': (h['mom'], h['sqr_mom'], h['slow_mom']), 'alpha': h['slow_factor'], 'weight_decouple': True}),
+    AdaBelief=('AdaBelief', lambda h: dict(weight_decouple=True, **_betas(h))),
+    LaProp=('LaProp', lambda h: dict(weight_decouple=True, **_betas(h))),
+    MARS=('MARS', lambda h: dict(betas=(h['mom'], h['sqr_mom']), betas_1d=(h['mom_1d'], h['sqr_mom_1d']), gamma=h['gamma'], eps=h['eps'],
+                                 weight_decay=h['wd'], weight_decay_1d=h['wd'], weight_decouple=True, optimize_1d=h['vectors'], lr_1d_factor=h['lr_1d'])))
+SCHEDULEFREE = dict(
+    ScheduleFreeAdam=('AdamWScheduleFree', lambda h: dict(warmup_steps=h['warmup'], **_betas(h))),
+    ScheduleFreeSGD=('SGDScheduleFree', lambda h: dict(warmup_steps=h['warmup'], **_momentum(h))))
+PRODIGY = dict(Prodigy=('Prodigy', lambda h: dict(d0=h['first_estimate'], **_betas(h))))
 
 class Lacking(Exception):
     "A contestant does not have an algorithm"
@@ -120,9 +140,14 @@ def _peer(module, algorithms, compile=False, **flags):
         lacks = set(flags) - set(inspect.signature(cls).parameters)
         if lacks: raise Lacking(f"{module}.{name} has no `{only(lacks)}`")
         opt = cls([dict(params=g, lr=lr) for g,lr in zip(groups, group_lrs(len(groups)))], lr=LR, **kwargs(hypers), **flags)
+        if hasattr(opt, 'train'): opt.train() # Schedule-Free
         if compile: opt.step = torch.compile(opt.step)
         return opt
     return build
+
+def _prodigyopt(optimizer, groups, hypers):
+    if len(groups) > 1: raise Lacking("prodigyopt has one learning rate for all groups")
+    return _peer('prodigyopt', PRODIGY)(optimizer, groups, hypers)
 
 # %% ../../nbs/benchmark.steps.ipynb #829debaa
 @dataclass(frozen=True)
@@ -144,6 +169,10 @@ CONTESTANTS = {o.name: o for o in (
     Contestant('torch_compiled', _peer('torch.optim', TORCH, compile=True, foreach=True), 'torch', False),
     Contestant('optimi',         _peer('optimi', OPTIMI), 'optimi', False),
     Contestant('timm',           _peer('timm.optim', TIMM, foreach=True), 'timm', False),
+    Contestant('lion_pytorch',   _peer('lion_pytorch', LION), 'lion_pytorch', False),
+    Contestant('pytorch_optimizer', _peer('pytorch_optimizer', PYTORCH_OPTIMIZER), 'pytorch_optimizer', False),
+    Contestant('schedulefree',   _peer('schedulefree', SCHEDULEFREE, foreach=True), 'schedulefree', False),
+    Contestant('prodigyopt',     _prodigyopt, 'prodigyopt', False),
 )}
 
 def contestant_name(

@@ -5,6 +5,9 @@
 # %% ../../nbs/callback.schedulefree.ipynb #6b1f0a13
 from __future__ import annotations
 
+from contextlib import contextmanager
+from functools import wraps
+
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.basics import patch
@@ -12,16 +15,31 @@ from fastcore.basics import patch
 from ..optimizer.schedulefree import averages_weights
 
 # %% auto #0
-__all__ = ['ScheduleFreeCallback']
+__all__ = ['ScheduleFreeCallback', 'averaged']
 
 # %% ../../nbs/callback.schedulefree.ipynb #6b1f0a16
 class ScheduleFreeCallback(Callback):
     "Trains where gradients are to be taken, and does all else with averaged weights"
     order = -5 # before all that looks at weights
-    def before_train(self): self.opt.train()
+    def __init__(self,
+        update_bn:bool=False, # Compute the statistics of batch norm for the average, after each epoch of training?
+    ): self.update_bn, self.stale = update_bn, False
+
+    def before_train(self):
+        self.opt.train()
+        self.stale = not hasattr(self.learn, 'lr_finder')
+
     def after_train(self): self.opt.eval()
-    def before_validate(self): self.opt.eval()
-    def after_fit(self): self.opt.eval()
+    def before_validate(self): self.to_average()
+    def after_fit(self): self.to_average()
+
+    def to_average(self):
+        "Everything but training uses the average"
+        self.opt.eval()
+        if not self.update_bn or not self.stale: return
+        from fastxtend.callback.averaging import update_bn # all of fastai, which may be about to be imported here
+        update_bn(self.learn)
+        self.stale = False
 
 # %% ../../nbs/callback.schedulefree.ipynb #6b1f0a18
 _create_opt = Learner.create_opt
@@ -30,3 +48,24 @@ _create_opt = Learner.create_opt
 def create_opt(self:Learner):
     _create_opt(self)
     if averages_weights(self.opt) and not any(isinstance(cb, ScheduleFreeCallback) for cb in self.cbs): self.add_cb(ScheduleFreeCallback())
+
+# %% ../../nbs/callback.schedulefree.ipynb #71eb4aca
+@contextmanager
+def averaged(
+    learn:Learner, # Any learner
+):
+    "Weights at their average, for the time being"
+    opt = getattr(learn, 'opt', None)
+    back = averages_weights(opt) and any('base_weights' in s and 'at_average' not in s for s in opt.state.values())
+    if back: opt.eval()
+    try: yield
+    finally:
+        if back: learn.opt.train() # `export` has made another optimizer
+
+def _with_average(f):
+    @wraps(f)
+    def with_average(self, *args, **kwargs):
+        with averaged(self): return f(self, *args, **kwargs)
+    return with_average
+
+Learner.save, Learner.export = _with_average(Learner.save), _with_average(Learner.export)

@@ -595,10 +595,10 @@ def load_state_dict(self:FastOptimizer,
     sd:dict, # What `state_dict` returned, of this or another backend or of fastai's own optimizer
 ):
     "Copy the state in `sd`, or raise `ValueError` and change nothing if it does not fit"
-    names = set(self.composition().carried)
+    loaded, names = self.loaded(sd), set(self.composition().carried)
     carried = sd.get('carried', {} if not names else None)
     if carried is None or set(carried) not in (names, set()): raise ValueError(f"The saved state is of another optimizer: it has no 'carried' with {', '.join(sorted(names))}, which {self.spec.name} keeps for the whole model")
-    (self.state, self.hypers), self.carried = self.loaded(sd), {n: float(x) for n,x in carried.items()}
+    (self.state, self.hypers), self.carried = loaded, {n: float(x) for n,x in carried.items()}
 
 @patch
 def loaded(self:FastOptimizer,

@@ -59,7 +59,7 @@ def check_lr(
     batch, # What is about to step
 ):
     "Warn if the first step has a learning rate that was meant for another optimizer"
-    if all(row['step'] == 1 and row['lr'] < .01 for row in batch.rows):
+    if all(row.get('step') == 1 and row['lr'] < .01 for row in batch.rows): # not where somebody only looks at gradients
         warn(f"Prodigy finds its own learning rate and multiplies it by `lr`, which is {max(row['lr'] for row in batch.rows):g} and should be about 1")
 
 # %% ../../nbs/optimizer.prodigy.ipynb #2ee48da9
