@@ -666,6 +666,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'fastxtend/optimizer/core.py'),
                                           'fastxtend.optimizer.core.FastOptimizer.engine': ( 'optimizer.core.html#fastoptimizer.engine',
                                                                                              'fastxtend/optimizer/core.py'),
+                                          'fastxtend.optimizer.core.FastOptimizer.expected_state': ( 'optimizer.core.html#fastoptimizer.expected_state',
+                                                                                                     'fastxtend/optimizer/core.py'),
                                           'fastxtend.optimizer.core.FastOptimizer.forget': ( 'optimizer.core.html#fastoptimizer.forget',
                                                                                              'fastxtend/optimizer/core.py'),
                                           'fastxtend.optimizer.core.FastOptimizer.gather': ( 'optimizer.core.html#fastoptimizer.gather',

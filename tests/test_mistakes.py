@@ -9,6 +9,7 @@ from fastai.callback.hook import layer_info # adds `Learner.summary`
 
 from fastxtend.basics import *
 from fastxtend.basics import adam, lion
+from fastxtend.optimizer import declare, report
 
 GUIDE = Path(__file__).parent.parent/'nbs'/'guides.hypers.ipynb'
 
@@ -88,10 +89,20 @@ def test_report_expects_what_happens(name, way):
     assert f'{nbytes:,} bytes of state' in repr(opt)
     assert {o.reason for o in before if not o.reason.startswith('shares memory')} - {''} == set() or way == 'fused'
 
-def test_reports_of_formats():
-    opt = optimizers.Adam([torch.ones(5)], .1, fused=True, state='bfloat16')
-    assert 'weights: float32; grad_avg, sqr_avg: bfloat16' in repr(opt)
-    assert '5  float32  grad_avg, sqr_avg: bfloat16              20' in str(opt.backend_report())
+@pytest.mark.parametrize('state', [None, *declare.STATES])
+@pytest.mark.parametrize('weights', [None, *declare.WEIGHTS])
+def test_reports_of_formats(state, weights):
+    "Whatever formats there are show, with their bytes, and as they were expected"
+    params = [torch.ones(5000), torch.ones(70, 70, dtype=torch.bfloat16), torch.ones(5), torch.tensor(1.)]
+    opt = optimizers.Adam(params, .1, fused=True, state=state, weights=weights)
+    before, shown = opt.backend_report(), repr(opt)
+    for p in params: p.grad = torch.ones_like(p)
+    opt.step()
+    assert list(before) == list(opt.backend_report())
+    for row,p in zip(before, params):
+        assert row.state == {n: str(t.dtype)[6:] for n,t in opt.state[p].items() if isinstance(t, Tensor)}
+        assert row.nbytes == sum(t.nbytes for t in opt.state[p].values() if isinstance(t, Tensor)) and f'{row.weights}; {report.formats(row.state)}' in shown
+    assert ('lost_bits' in repr(opt)) == (weights == 'exact') and ('int8' in repr(opt)) == (state == 'int8')
 
 def test_every_optimizer_has_a_report():
     "Also fastai's own, which a constructor without flags makes, and those of `torch.optim`"

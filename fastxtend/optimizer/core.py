@@ -462,6 +462,17 @@ def step_all(self:FastOptimizer):
     if planned: self.take_step(*planned)
 
 @patch
+def expected_state(self:FastOptimizer,
+    p:Tensor, # A parameter
+) -> dict: # Name to a tensor without memory
+    "What its state will be, formats included"
+    like = torch.empty_like(p.to_local() if is_sharded(p) else p, device='meta', requires_grad=False)
+    slots = {n: torch.empty_like(like, dtype=self.dtype_of(p, n, s)) for n,s in self.own_slots.items()}
+    def kept(fmt, n, t): return zip(fmt.names(n), fmt.start(t))
+    beside = [o for n,t in slots.items() if t.dtype in ROOTS for o in kept(ROOTS[t.dtype], n, t)]
+    return {**dict(kept(EXACT, 'p', like) if self.is_exact(p) else ()), **slots, **dict(beside)}
+
+@patch
 def backend_report(self:FastOptimizer) -> Report:
     "Which parameters ran where in the last step that had any, and why, and what their state is kept in; before the first step what is to be expected"
     place = {id(p): (i,j) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)}
@@ -469,8 +480,7 @@ def backend_report(self:FastOptimizer) -> Report:
         params, when = [p for i,pg in enumerate(self.param_lists) for p in pg if i >= self.frozen_idx or p.requires_grad], 'not stepped yet, expected:'
         ran = expected([p.to_local() if is_sharded(p) and not self.composition().sums else p for p in params], self.kernels, self.engine)
     else: params, when, ran = self._ran.params, 'last step:', [self._ran.ran(i) for i in range(len(self._ran.params))]
-    def state(p): return tensors_in(self.state.get(p, {})) or {n: self.dtype_of(p, n, s) for n,s in self.own_slots.items()}
-    return Report((row_of(place[id(p)], p, state(p), *r) for p,r in zip(params, ran)), f"{self.spec.name} ({type(self).__name__}), {when}")
+    return Report((row_of(place[id(p)], p, tensors_in(self.state.get(p, {})) or self.expected_state(p), *r) for p,r in zip(params, ran)), f"{self.spec.name} ({type(self).__name__}), {when}")
 
 @patch
 def __repr__(self:FastOptimizer):

@@ -14,28 +14,29 @@ from fastai.torch_basics import *
 from torch import Tensor
 
 from .batch import describe
+from .probe import is_sharded
 
 # %% auto #0
 __all__ = ['format_name', 'bytes_of', 'tensors_in', 'formats', 'Ran', 'row_of', 'aligned', 'Report']
 
 # %% ../../nbs/optimizer.report.ipynb #ff3bb26a
 def format_name(
-    x:Tensor|torch.dtype, # A tensor, or what one will be kept in
+    t:Tensor, # Any tensor
 ) -> str:
     "What it is kept in, in a word"
-    return str(getattr(x, 'dtype', x)).removeprefix('torch.')
+    return str(t.dtype).removeprefix('torch.')
 
 def bytes_of(
     ts:Iterable[Tensor], # Tensors
 ) -> int:
-    "How much memory they take"
-    return sum(t.numel()*t.element_size() for t in ts)
+    "How much memory they take in this process"
+    return sum(t.numel()*t.element_size() for t in (t.to_local() if is_sharded(t) else t for t in ts))
 
 def tensors_in(
     state:dict, # Of a parameter
 ) -> dict: # Name to tensor
-    "What takes memory in it: no counters"
-    return {n: t for n,t in state.items() if isinstance(t, Tensor) and t.ndim + t.numel() > 1}
+    "What takes memory in it"
+    return {n: t for n,t in state.items() if isinstance(t, Tensor)}
 
 def formats(
     state:dict, # Name of each state tensor to what it is kept in
@@ -60,13 +61,12 @@ class Ran:
 def row_of(
     place:tuple, # Position of its group, and in that group
     p:Tensor, # A parameter
-    state:dict, # Name of each state tensor to the tensor, or to the dtype that it will have
+    state:dict, # Name of each state tensor to the tensor
     backend:str, # Where it is stepped
     reason:str='', # Why not with the others
 ) -> Ran:
     "The row of a parameter"
-    nbytes = sum(p.numel()*o.itemsize if isinstance(o, torch.dtype) else bytes_of([o]) for o in state.values())
-    return Ran(*place, describe(p), backend, reason, p.numel(), format_name(p), {n: format_name(o) for n,o in state.items()}, nbytes)
+    return Ran(*place, describe(p), backend, reason, p.numel(), format_name(p), {n: format_name(t) for n,t in state.items()}, bytes_of(state.values()))
 
 # %% ../../nbs/optimizer.report.ipynb #9c78d37f
 def aligned(
