@@ -300,7 +300,8 @@ FINE = {
 def set_none(params):
     for p in params: p.grad = None
 
-# What Prodigy carries is made of how far weights went, and in two steps a rounding error of a weight is much of that. Measured: 3,644
+# What Prodigy carries is made of how far weights went, and in two steps a rounding error of a weight is much of that: it is not compared,
+# and what follows from it only roughly
 CARRIED = 10_000
 
 @pytest.mark.parametrize('way', BACKENDS)
@@ -310,7 +311,7 @@ def test_what_looks_wrong_and_is_not(what, way):
         opt, params = start(name, way)
         FINE[what](opt, params)
         for _ in range(2): opt.step()
-        return {k: v for k,v in snapshot(opt, params).items() if k != 'grads'}
+        return {k: v for k,v in snapshot(opt, params).items() if k not in ('grads', 'carried')}
     for name in have(way): assert_same(run(name, 'native'), run(name, way), CARRIED if OPTIMIZERS[name].composition().carried else TOLERANCE[way])
 
 @pytest.mark.parametrize('way', BACKENDS)
