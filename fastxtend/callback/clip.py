@@ -12,11 +12,22 @@ from torch import nn
 from .attach import attaches, undisturbed
 from ..optimizer.attach import Attachment, clip_gradients, clip_known
 from ..optimizer.core import FLOAT32, FastOptimizer
+from ..optimizer.probe import is_sharded
 
 # %% auto #0
-__all__ = ['GradientClip']
+__all__ = ['total_norm', 'GradientClip']
 
 # %% ../../nbs/callback.clip.ipynb #2d456cd4
+def total_norm(
+    params:list, # Parameters with gradients
+    norm_type:float=2.0, # Of the norm
+) -> Tensor:
+    "Norm of all gradients, the same in all processes: PyTorch 2.7 leaves that of sharded ones in parts, and reads and clips by a part"
+    norm = nn.utils.get_total_norm([p.grad for p in params], norm_type)
+    if not is_sharded(norm): return norm
+    from torch.distributed.tensor import Replicate
+    return norm.redistribute(placements=[Replicate()]*norm.device_mesh.ndim)
+
 class GradientClip(fai.GradientClip):
     "Clip the norm of all gradients: in the step of a fused optimizer, and else as fastai does it"
     def __init__(self,
@@ -42,7 +53,9 @@ class GradientClip(fai.GradientClip):
 
     def clip(self):
         "fastai's way"
-        norm = nn.utils.clip_grad_norm_(self.parameters(), self.max_norm, self.norm_type)
+        params = [p for p in self.parameters() if p.grad is not None]
+        norm = total_norm(params, self.norm_type)
+        nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
         if isinstance(self.opt, FastOptimizer): self.opt.known['grad_norm'] = norm
         else: self.listed['norm'] = norm
 
@@ -54,7 +67,7 @@ class GradientClip(fai.GradientClip):
     def hand_scale(self):
         "Find the norm now, and have the step do the rest in the scalars that it multiplies gradients with"
         params = self.with_grads()
-        norm = nn.utils.get_total_norm([p.grad for p in params])
+        norm = total_norm(params)
         def apart(): nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
         self.opt.known['grad_norm'] = n = float(norm)
         if not n*n <= FLOAT32: return apart() # squares may be infinite before they are scaled
