@@ -1,7 +1,7 @@
 "What the tests of the optimizers share: the table's rows, parameters, gradients, schedules and tolerances"
 from __future__ import annotations
 
-import inspect, io, itertools, math, os
+import inspect, io, itertools, math, os, subprocess, sys
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
@@ -203,6 +203,15 @@ def has_triton():
     "Is there a Triton that the CUDA kernels can use?"
     if find_spec('triton') is None: return False
     return tuple(map(int, version('triton').split('.')[:2])) >= (3, 5)
+
+INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1' # Triton decides when it is imported whether it interprets
+
+def run_interpreted(file, *args):
+    "Run the tests of `file` with Triton's interpreter, in a process of their own; what pytest says"
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', *args, file],
+                          env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+    return done.stdout
 
 def saved_and_loaded(sd, weights_only=True):
     "`sd` after a way through a file"

@@ -3,6 +3,7 @@ import os, zlib
 
 os.environ.setdefault('MPLBACKEND', 'agg')
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile('fastxtend', derandomize=True, deadline=None, print_blob=True)
@@ -30,3 +31,12 @@ def pytest_collection_modifyitems(config, items):
     dropped = [i for i in items if not runs(i)]
     if dropped: config.hook.pytest_deselected(items=dropped)
     items[:] = [i for i in items if runs(i)]
+
+@pytest.fixture
+def on_cpu_tensors(monkeypatch):
+    "Step CPU tensors with the CUDA kernels"
+    from fastxtend.optimizer import plan
+    monkeypatch.setitem(plan.ENGINES, 1, 'cuda')
+    plan.kernels_for.cache_clear()
+    yield
+    plan.kernels_for.cache_clear()

@@ -1,5 +1,4 @@
 "`weights='exact'`: bfloat16 parameters and the bits that they lose are, together, the float32 weights of a training in float32, bit for bit"
-import subprocess, sys
 
 import pytest
 
@@ -9,7 +8,6 @@ from fastxtend.optimizer.attach import Attachment, average_weights, clear_gradie
 from fastxtend.optimizer.formats import BLOCK, EXACT, LOST, STAMPS
 from fastxtend.optimizer.modifiers import cautious, cautious_decay, lookahead
 
-INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1'
 on_cpu = pytest.mark.skipif(INTERPRETS, reason="of the kernels for CPUs")
 pytestmark = pytest.mark.skipif(not hasattr(Tensor, 'grad_dtype'), reason="float32 parameters have no bfloat16 gradients in this PyTorch, and what to compare with needs them")
 LAID = {**SMALL, 'many': (30, 37)}
@@ -266,21 +264,11 @@ def test_sharded_parameters_are_refused(formats):
 @on_cpu
 def test_interpreted():
     if not has_triton(): pytest.skip("the kernels need Triton 3.5 or later")
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', '-k', 'on_gpus', __file__],
-                          env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
-    assert done.returncode == 0 and '3 passed' in done.stdout, done.stdout[-5_000:]
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    from fastxtend.optimizer import plan
-    monkeypatch.setitem(plan.ENGINES, 1, 'cuda')
-    plan.kernels_for.cache_clear()
-    yield
-    plan.kernels_for.cache_clear()
+    assert '3 passed' in run_interpreted(__file__, '-k', 'on_gpus')
 
 @pytest.mark.skipif(not INTERPRETS, reason="run by test_interpreted")
 @pytest.mark.parametrize('name', ('Adam', 'Lamb', 'Ranger'))
-def test_on_gpus(name, interpreted):
+def test_on_gpus(name, on_cpu_tensors):
     shapes = dict(matrix=(5, 7), scalar=(), empty=(0,), many=(33, 40), whole=(2048,))
     both = opt, params, other, full = pair(name, shapes)
     for t,gs in enumerate(grads(7, shapes)):

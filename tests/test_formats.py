@@ -1,5 +1,5 @@
 "State tensors in bfloat16, and tensors of different dtypes in one parameter: a step is one in float64 whose results are rounded once"
-import io, os, subprocess, sys
+import io
 
 import pytest
 
@@ -11,7 +11,6 @@ from fastxtend.optimizer.modifiers import cautious, cautious_decay, lookahead
 from fastxtend.optimizer.plan import compiled
 from fastxtend.optimizer.probe import probe
 
-INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1'
 on_cpu = pytest.mark.skipif(INTERPRETS, reason="of the kernels for CPUs")
 STEPS, FLOATS = 30, (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -179,26 +178,19 @@ def test_what_no_kernel_takes_keeps_its_dtype():
 def test_interpreted():
     "The kernels for GPUs, in Triton's interpreter"
     if not has_triton(): pytest.skip("the kernels need Triton 3.5 or later")
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', '-k', 'on_gpus', __file__],
-                          env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
-    assert done.returncode == 0 and '2 passed' in done.stdout, done.stdout[-5_000:]
+    assert '2 passed' in run_interpreted(__file__, '-k', 'on_gpus')
 
 @pytest.mark.skipif(not INTERPRETS, reason="run by test_interpreted")
 @pytest.mark.parametrize('name', ('Adam', 'Lamb'))
-def test_on_gpus(name, monkeypatch): # not of float64 parameters: the interpreter cannot convert float64 to bfloat16
+def test_on_gpus(name, on_cpu_tensors, monkeypatch): # not of float64 parameters: the interpreter cannot convert float64 to bfloat16
     from triton import language as tl
     from triton.runtime import interpreter
-    from fastxtend.optimizer import plan
     convert = interpreter._convert_float
     def to_bfloat16(x, src, dst, mode): # the interpreter cuts off, and GPUs round
         if dst != tl.bfloat16: return convert(x, src, dst, mode)
         return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.int16).numpy().view(np.uint16)
     monkeypatch.setattr(interpreter, '_convert_float', to_bfloat16)
-    monkeypatch.setitem(plan.ENGINES, 1, 'cuda')
-    plan.kernels_for.cache_clear()
-    try:
-        params = make_params(SMALL)
-        opt = build(name, params, 'fused', state='bfloat16')
-        assert_follows(opt, params, tuple(SMALL.values()), 4)
-        assert {o.backend for o in opt.backend_report()} == {'triton'}
-    finally: plan.kernels_for.cache_clear()
+    params = make_params(SMALL)
+    opt = build(name, params, 'fused', state='bfloat16')
+    assert_follows(opt, params, tuple(SMALL.values()), 4)
+    assert {o.backend for o in opt.backend_report()} == {'triton'}

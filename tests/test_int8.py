@@ -1,5 +1,4 @@
 "`state='int8'`: a step is one in float64 whose results are a code away at most, and nothing drifts"
-import subprocess, sys
 
 import pytest
 
@@ -11,7 +10,6 @@ from fastxtend.optimizer.formats import BLOCK, ROOTS, SCALES, SMALLEST, top_of
 from fastxtend.optimizer.modifiers import cautious, cautious_decay, lookahead
 from test_formats import as_double, params_of, twin_of
 
-INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1'
 on_cpu = pytest.mark.skipif(INTERPRETS, reason="of the kernels for CPUs")
 LARGE = dict(matrix=(70, 61), conv=(16, 33, 3, 3), many=(COARSE + 1,), small=(9, 7))
 
@@ -197,23 +195,16 @@ def test_damaged_checkpoints_are_refused():
 @on_cpu
 def test_interpreted():
     if not has_triton(): pytest.skip("the kernels need Triton 3.5 or later")
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', '-k', 'on_gpus', __file__],
-                          env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
-    assert done.returncode == 0 and '3 passed' in done.stdout, done.stdout[-5_000:]
+    assert '3 passed' in run_interpreted(__file__, '-k', 'on_gpus')
 
 @pytest.mark.skipif(not INTERPRETS, reason="run by test_interpreted")
 @pytest.mark.parametrize('name', ('Adam', 'Lamb', 'Lion'))
-def test_on_gpus(name, monkeypatch):
-    from fastxtend.optimizer import plan
-    monkeypatch.setitem(plan.ENGINES, 1, 'cuda')
-    plan.kernels_for.cache_clear()
-    try:
-        shapes = dict(many=(COARSE + 77,), small=(5, 7))
-        params = make_params(shapes)
-        opt = build(name, params, 'fused', state='int8')
-        assert_follows(opt, params, shapes, 3)
-        assert {o.backend for o in opt.backend_report()} == {'triton'} and codes(opt, params[0])
-    finally: plan.kernels_for.cache_clear()
+def test_on_gpus(name, on_cpu_tensors):
+    shapes = dict(many=(COARSE + 77,), small=(5, 7))
+    params = make_params(shapes)
+    opt = build(name, params, 'fused', state='int8')
+    assert_follows(opt, params, shapes, 3)
+    assert {o.backend for o in opt.backend_report()} == {'triton'} and codes(opt, params[0])
 
 @on_cpu
 @pytest.mark.parametrize('way', ('exact', 'int8', 'both'))

@@ -1,6 +1,6 @@
 """The CUDA kernels on a machine without a GPU: run by Triton's interpreter on CPU tensors, launched with a driver that only writes
 down what it is told, and compiled ahead of time for three generations of GPUs"""
-import os, re, subprocess, sys
+import re
 from collections import Counter
 from typing import NamedTuple
 
@@ -22,27 +22,16 @@ from fastxtend.optimizer.attach import (Attachment, average_weights, clear_gradi
 from fastxtend.optimizer.cuda import compile_ahead, constants, step_kernel, sums_kernel
 from fastxtend.optimizer.steppers import compose, picked
 
-# Triton decides when it is imported whether it interprets. So the first test runs the interpreted ones in a process of their own.
-INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1'
+# The first test runs the interpreted ones in a process of their own.
 interpreted = pytest.mark.skipif(not INTERPRETS, reason="run by test_interpreted_tests")
 compiled = pytest.mark.skipif(INTERPRETS, reason="needs Triton's compiler")
 
 @compiled
 @pytest.mark.slow
 def test_interpreted_tests():
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__], env={**os.environ, 'TRITON_INTERPRET': '1'},
-                          capture_output=True, text=True)
-    print(done.stdout[-20_000:], done.stderr[-5_000:])
-    assert done.returncode == 0
-    assert int(re.search(r'(\d+) passed', done.stdout)[1]) > 100
+    assert int(re.search(r'(\d+) passed', run_interpreted(__file__))[1]) > 100
 
-@pytest.fixture(autouse=True)
-def on_cpu_tensors(monkeypatch):
-    "Step CPU tensors with the CUDA kernels"
-    monkeypatch.setitem(plan.ENGINES, 1, 'cuda')
-    plan.kernels_for.cache_clear()
-    yield
-    plan.kernels_for.cache_clear()
+pytestmark = pytest.mark.usefixtures('on_cpu_tensors')
 
 # --- Interpreted: the same numbers as fastai's own optimizers
 
