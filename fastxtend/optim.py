@@ -14,10 +14,10 @@ import torch
 from fastcore.basics import patch
 
 from .optimizer.all import OPTIMIZERS
-from .optimizer.attach import Attachment, scale_gradients
+from .optimizer.attach import read_together, unscaling
 from .optimizer.batch import as_number, check_params, describe
 from .optimizer.core import check_k, in_full
-from .optimizer.declare import BACKENDS, FLAGS, backend_of, build
+from .optimizer.declare import STORED, backend_of, build
 from .optimizer.fused import RADAM_SCALARS, adam_step, momentum_step, sgd_step
 from .optimizer.kernels import check_numba
 from .optimizer.nadam import nadam_step
@@ -26,7 +26,7 @@ from .optimizer.steppers import (STEP, Switch, add_momentum, apply, args_of, ave
 from .optimizer.table import OptimizerSpec
 
 # %% auto #0
-__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'STRUCTURE', 'OWN', 'WAYS', 'add_dampened', 'look_ahead',
+__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'STRUCTURE', 'WAYS', 'add_dampened', 'look_ahead',
            'ascend', 'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column', 'column_of',
            'renamed', 'TorchStyle', 'torch_class']
 
@@ -166,8 +166,7 @@ def renamed(
 # %% ../nbs/optim.ipynb #dba83f73
 REFUSED = 'differentiable', 'capturable' # Options of `torch.optim` that have to be off
 STRUCTURE = 'momentum', 'dampening' # Numbers for which it matters whether they are zero
-OWN = tuple(n for n in FLAGS if n not in BACKENDS) # How tensors are kept, which `torch.optim` leaves no choice of
-WAYS = 'foreach', 'fused', *OWN
+WAYS = 'foreach', 'fused', *STORED # How it steps, and how tensors are kept, which `torch.optim` leaves no choice of
 
 def _check(o):
     "`ValueError`, in PyTorch's words, if the options of an optimizer that `torch.optim` lacks make no sense"
@@ -224,7 +223,7 @@ class TorchStyle(torch.optim.Optimizer):
         if any(p.layout is not torch.strided for p in group['params']): raise RuntimeError(f"{type(self).__name__} does not support sparse parameters")
         if group['params']: check_params([group['params']])
         if group.get('fused'): check_numba(group['params'])
-        backend_of({**{n: group.get(n) for n in OWN}, self.backend(group, group['params']): True})
+        backend_of({**{n: group.get(n) for n in STORED}, self.backend(group, group['params']): True})
 
 # %% ../nbs/optim.ipynb #790f94ae
 @patch
@@ -261,7 +260,7 @@ def make_engine(self:TorchStyle,
     column, group, lists = self.column, groups[0], [list(g['params']) for g in groups]
     params = [p for ps in lists for p in ps]
     if group.get('fused') and any(p.is_meta and p.grad is not None for p in params): raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of a device with memory, and some are on `meta`")
-    engine = build(self.spec(group), lists, decouple_wd=True, backend=self.backend(group, params), **{n: group.get(n) for n in OWN}, **self.hypers(group))
+    engine = build(self.spec(group), lists, decouple_wd=True, backend=self.backend(group, params), **{n: group.get(n) for n in STORED}, **self.hypers(group))
     state, numbers = self.__dict__['state'], _numbers(engine.composition())
     self._numbers.update(numbers)
     for s,p in [(state[p], p) for p in params if state.get(p)]:
@@ -300,17 +299,9 @@ def engines(self:TorchStyle) -> list:
 @patch
 def scaling(self:TorchStyle) -> float|None: # What gradients are to be multiplied by; `None` if nothing may be stepped
     "What `GradScaler` left in `grad_scale` and `found_inf`"
-    told = [torch.as_tensor(x).reshape(()).float() for x in (getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)) if x is not None]
-    if not told: return 1.
     scale, found = getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)
-    told = torch.stack([t.to(told[0].device) for t in told]).tolist()
-    if found is not None and told[-1]: return None
-    return 1. if scale is None else 1/told[0]
-
-def _unscaled(engine, scale):
-    "Gradients are to be multiplied by `scale` in the next step"
-    def apart(): torch._foreach_mul_([p.grad for pg in engine.param_lists for p in pg if p.grad is not None], scale)
-    engine.attached['unscale'] = Attachment((scale_gradients,), scalars=dict(grad_scale=scale), apart=apart)
+    scale, found = read_together(1. if scale is None else scale, 0. if found is None else found)
+    return None if found else 1/scale
 
 @patch
 def check_together(self:TorchStyle,
@@ -335,7 +326,7 @@ def step(self:TorchStyle,
     if scale is None: return loss
     engines = self.engines()
     if scale != 1.:
-        for engine in engines: _unscaled(engine, scale)
+        for engine in engines: engine.attached['unscale'] = unscaling([p for pg in engine.param_lists for p in pg], scale)
     if len(engines) > 1:
         with torch.no_grad(): self.check_together(engines)
     for engine in engines: engine.step()

@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from fastxtend.callback.attach import ClearGradients
 from fastxtend.callback.averaging import EMACallback
 from fastxtend.callback.clip import GradientClip
-from fastxtend.callback.fp16 import read_together
+from fastxtend.optimizer.attach import read_together
 from fastxtend.optimizer.all import Adam, adam, larc, ranger
 from fastxtend.optimizer.attach import Attachment, average_weights, clear_gradients, clip_gradients
 from fastxtend.optimizer.steppers import compose

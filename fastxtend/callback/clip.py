@@ -71,8 +71,7 @@ class GradientClip(fai.GradientClip):
         def apart(): nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
         self.opt.known['grad_norm'] = n = float(norm)
         if not n*n <= FLOAT32: return apart() # squares may be infinite before they are scaled
-        scale = min(self.max_norm/(n + 1e-6), 1.)
-        self.opt.attached['clip_scale'] = Attachment((clip_known,), scalars=dict(clip_scale=scale), over=params, apart=apart, by=self)
+        self.opt.attached['clip_scale'] = self.by_known_norm(over=params, apart=apart, by=self)
 
     def with_grads(self):
         "What is clipped"
@@ -83,4 +82,8 @@ class GradientClip(fai.GradientClip):
         "What is added to the step"
         common = dict(over=self.with_grads(), apart=self.clip, by=self)
         if 'unscale' not in self.opt.attached: return Attachment((clip_gradients,), scalars=dict(clip_norm=self.max_norm), **common)
-        return Attachment((clip_known,), scalars=dict(clip_scale=min(self.max_norm/(self.opt.known['grad_norm'] + 1e-6), 1.)), **common)
+        return self.by_known_norm(**common)
+
+    def by_known_norm(self, **kwargs):
+        "What is added to the step, if the norm is known before"
+        return Attachment((clip_known,), scalars=dict(clip_scale=min(self.max_norm/(self.opt.known['grad_norm'] + 1e-6), 1.)), **kwargs)

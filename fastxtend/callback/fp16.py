@@ -14,21 +14,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from .attach import attaches
-from ..optimizer.attach import Attachment, look_at_gradients, scale_gradients
+from ..optimizer.attach import look_at_gradients, read_together, scale_gradients, unscaling
 
 # %% auto #0
-__all__ = ['read_together', 'unscale_in_step']
+__all__ = ['unscale_in_step']
 
 # %% ../../nbs/callback.fp16.ipynb #a059a353
-def read_together(
-    *numbers, # Numbers, or tensors of numbers whose sums are wanted
-) -> list[float]:
-    "All of them on the host, after one wait"
-    at = [i for i,x in enumerate(numbers) if isinstance(x, Tensor)]
-    if not at: return list(numbers)
-    read = torch.stack([numbers[i].sum().to(numbers[at[0]].device) for i in at]).tolist()
-    return [read[at.index(i)] if i in at else x for i,x in enumerate(numbers)]
-
 @torch.no_grad()
 def unscale_in_step(
     cb:MixedPrecision, # Of a `Learner` whose loss was scaled
@@ -45,9 +36,8 @@ def unscale_in_step(
     state['found_inf_per_device'], state['stage'], scaler.last_inverse = {found.device: found}, OptState.STEPPED, 1/scale
     if not_finite: return False
     params = opt.stepping()[0].params
-    def apart(): torch._foreach_mul_([p.grad for p in params], 1/scale)
     opt.known['grad_norm'] = math.sqrt(sqr)/(guess*scale)
-    opt.attached['unscale'] = Attachment((scale_gradients,), scalars=dict(grad_scale=1/scale), over=params, apart=apart, by=cb)
+    opt.attached['unscale'] = unscaling(params, 1/scale, over=params, by=cb)
     cb.scales.append(scale)
     return True
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from operator import is_
 
+import torch
 from fastcore.all import noop
+from torch import Tensor
 
 from .steppers import Composition, compose, folded, minimum, slot, sqrt, stepper, summed
 
 # %% auto #0
-__all__ = ['clip_known', 'same_objects', 'Attachment', 'clip_gradients', 'scale_gradients', 'average_weights', 'clear_gradients',
-           'look_at_gradients', 'sums_only']
+__all__ = ['clip_known', 'same_objects', 'Attachment', 'clip_gradients', 'scale_gradients', 'unscaling', 'average_weights',
+           'clear_gradients', 'look_at_gradients', 'read_together', 'sums_only']
 
 # %% ../../nbs/optimizer.attach.ipynb #db19a91f
 def same_objects(
@@ -64,6 +66,15 @@ def scale_gradients(g, grad_scale):
 
 clip_known = partial(scale_gradients, grad_scale='clip_scale')
 
+def unscaling(
+    params:list, # Those that may have gradients
+    factor:float, # Of their gradients
+    **kwargs, # As of `Attachment`
+) -> Attachment:
+    "Multiplies gradients by `factor` in the step, or before it"
+    def apart(): torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
+    return Attachment((scale_gradients,), scalars=dict(grad_scale=factor), apart=apart, **kwargs)
+
 @stepper('average', average=slot(lent=True))
 def average_weights(p, average, average_weight):
     "Moving average of the weights"
@@ -77,6 +88,15 @@ def clear_gradients():
 @stepper('', grad_sqr=summed('g*g', over='model'), not_finite=summed('where(0.*g, 1., 0.)', over='model'))
 def look_at_gradients(grad_sqr, not_finite):
     "Add up squares, and count what is infinite or no number (zero times that is not zero)"
+
+def read_together(
+    *numbers, # Numbers, or tensors of numbers whose sums are wanted
+) -> list[float]:
+    "All of them on the host, after one wait"
+    at = [i for i,x in enumerate(numbers) if isinstance(x, Tensor)]
+    if not at: return list(numbers)
+    read = torch.stack([numbers[i].sum().to(numbers[at[0]].device) for i in at]).tolist()
+    return [read[at.index(i)] if i in at else x for i,x in enumerate(numbers)]
 
 @lru_cache(None)
 def sums_only(

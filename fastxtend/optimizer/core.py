@@ -358,7 +358,7 @@ def init_exact(self:FastOptimizer,
     "Begin to keep lost bits: anew if the parameter has another shape now, and on its device"
     for p,state in zip(batch.params, batch.states):
         if not self.is_exact(p): continue
-        start = dict(zip(EXACT.names('p'), EXACT.start(p)))
+        start = EXACT.fresh('p', p)
         fits = all(isinstance(state.get(n), Tensor) and state[n].shape == t.shape and state[n].dtype == t.dtype for n,t in start.items())
         state.update({n: state[n].to(p.device) for n in start} if fits else start)
 
@@ -371,8 +371,8 @@ def init_beside(self:FastOptimizer,
         for state,t in zip(batch.states, ts):
             fmt = ROOTS.get(t.dtype)
             if fmt is None or batch.composition.slots[name].lent or fmt.names(name)[0] in state: continue
-            state.update(zip(fmt.names(name), fmt.start(t)))
-            if batch.composition.slots[name].start: fmt.split(torch.full_like(t, batch.composition.slots[name].start, dtype=torch.float32), t, *(state[n] for n in fmt.names(name)))
+            state.update(new := fmt.fresh(name, t))
+            if batch.composition.slots[name].start: fmt.split(torch.full_like(t, batch.composition.slots[name].start, dtype=torch.float32), t, *new.values())
     batch.beside = self.beside(batch.params, batch.states)
 
 @patch
@@ -391,7 +391,7 @@ def write_weights(self:FastOptimizer,
 ):
     "Write a parameter, and the bits that it loses"
     if not self.is_exact(p): return p.data.copy_(x)
-    EXACT.split(x, p, *(self.state[p].setdefault(n, t) for n,t in zip(EXACT.names('p'), EXACT.start(p))))
+    EXACT.split(x, p, *(self.state[p].setdefault(n, t) for n,t in EXACT.fresh('p', p).items()))
 
 @patch
 def plan(self:FastOptimizer,
@@ -468,9 +468,8 @@ def expected_state(self:FastOptimizer,
     "What its state will be, formats included"
     like = torch.empty_like(p.to_local() if is_sharded(p) else p, device='meta', requires_grad=False)
     slots = {n: torch.empty_like(like, dtype=self.dtype_of(p, n, s)) for n,s in self.own_slots.items()}
-    def kept(fmt, n, t): return zip(fmt.names(n), fmt.start(t))
-    beside = [o for n,t in slots.items() if t.dtype in ROOTS for o in kept(ROOTS[t.dtype], n, t)]
-    return {**dict(kept(EXACT, 'p', like) if self.is_exact(p) else ()), **slots, **dict(beside)}
+    beside = {k: v for n,t in slots.items() if t.dtype in ROOTS for k,v in ROOTS[t.dtype].fresh(n, t).items()}
+    return {**(EXACT.fresh('p', like) if self.is_exact(p) else {}), **slots, **beside}
 
 @patch
 def backend_report(self:FastOptimizer) -> Report:
@@ -622,7 +621,7 @@ def loaded(self:FastOptimizer,
         for k,v in saved.items():
             if k in self.own_slots: state[p].update(self._loaded_slot(p, k, v, saved))
             elif k in EXACT.names('p'):
-                if self.is_exact(p): state[p][k] = _same_shape(p, k, v, dict(zip(EXACT.names('p'), EXACT.start(p)))[k])
+                if self.is_exact(p): state[p][k] = _same_shape(p, k, v, EXACT.fresh('p', p)[k])
             elif k not in _beside_slots(saved): state[p][k] = self._loaded_item(p, k, v)
     return state, L(dict(h) for h in sd['hypers'])
 
@@ -641,14 +640,14 @@ def _loaded_slot(self:FastOptimizer, p, name, value, saved):
     dtype, saved_as = self.dtype_of(p, name, self.own_slots[name]), ROOTS.get(getattr(value, 'dtype', None))
     if saved_as:
         if value.shape != p.shape: copy_like(p, name, value) # raises
-        beside = [_same_shape(p, n, saved.get(n), t) for n,t in zip(saved_as.names(name), saved_as.start(torch.empty_like(value, device=p.device)))]
-        if dtype == value.dtype: return {name: value.detach().to(p.device, copy=True), **dict(zip(saved_as.names(name), beside))}
-        value = saved_as.join(value.to(p.device), *beside)
+        beside = {n: _same_shape(p, n, saved.get(n), t) for n,t in saved_as.fresh(name, torch.empty_like(value, device=p.device)).items()}
+        if dtype == value.dtype: return {name: value.detach().to(p.device, copy=True), **beside}
+        value = saved_as.join(value.to(p.device), *beside.values())
     if dtype not in ROOTS: return {name: copy_like(p, name, value, dtype)}
     t = torch.empty_like(p, dtype=dtype, requires_grad=False)
-    beside = ROOTS[dtype].start(t)
-    ROOTS[dtype].split(copy_like(p, name, value, torch.float32), t, *beside)
-    return {name: t, **dict(zip(ROOTS[dtype].names(name), beside))}
+    beside = ROOTS[dtype].fresh(name, t)
+    ROOTS[dtype].split(copy_like(p, name, value, torch.float32), t, *beside.values())
+    return {name: t, **beside}
 
 @patch
 def _loaded_item(self:FastOptimizer, p, name, value):

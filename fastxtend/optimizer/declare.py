@@ -22,8 +22,8 @@ from .table import OPTIMIZERS, OptimizerSpec
 from .torchscript import JitLookahead, JitOptimizer
 
 # %% auto #0
-__all__ = ['FLAGS', 'BACKENDS', 'STATES', 'WEIGHTS', 'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead', 'backend_of',
-           'build', 'arguments_of', 'optimizer', 'OptFunc', 'helper', 'helper_of']
+__all__ = ['FLAGS', 'STATES', 'WEIGHTS', 'STORED', 'BACKENDS', 'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead',
+           'backend_of', 'build', 'arguments_of', 'optimizer', 'OptFunc', 'helper', 'helper_of']
 
 # %% ../../nbs/optimizer.declare.ipynb #60457e48
 class StepperOptimizer(FastOptimizer):
@@ -46,9 +46,11 @@ def _flags(
 ): "The arguments that every constructor has"
 
 FLAGS = tuple(inspect.signature(_flags).parameters)
-BACKENDS = tuple(n for n in FLAGS if n not in ('state', 'weights'))
 STATES = dict(bfloat16=torch.bfloat16, int8=torch.int8) # What state can be kept in, if not in the dtype of its parameters
 WEIGHTS = dict(exact=True)
+STORED = dict(state=(STATES, 'the dtype of the parameters', 'keep state in another dtype'), # Flags of how tensors are kept: choices, what is usual, and what only kernels do
+              weights=(WEIGHTS, 'what is in the parameters', 'keep what bfloat16 parameters lose'))
+BACKENDS = tuple(n for n in FLAGS if n not in STORED)
 
 def backend_of(
     flags:dict, # Arguments of a constructor
@@ -56,12 +58,11 @@ def backend_of(
     "The backend that is asked for. `ValueError` if there are two, or if it cannot keep state as it is asked to"
     asked = [b for b in BACKENDS if flags.get(b)]
     if len(asked) > 1: raise ValueError(f"Use one of {' and '.join(f'`{b}=True`' for b in asked)}, not both: each is a backend of its own")
-    state = flags.get('state')
-    if state is not None and not (isinstance(state, str) and state in STATES): raise ValueError(f"`state` is {' or '.join(map(repr, STATES))}, or `None` for the dtype of the parameters, and not {state!r}")
-    if state is not None and asked != ['fused']: raise ValueError(f"Only kernels keep state in another dtype: use `fused=True` with `state={state!r}`")
-    weights = flags.get('weights')
-    if weights is not None and not (isinstance(weights, str) and weights in WEIGHTS): raise ValueError(f"`weights` is {' or '.join(map(repr, WEIGHTS))}, or `None` for what is in the parameters, and not {weights!r}")
-    if weights is not None and asked != ['fused']: raise ValueError(f"Only kernels keep what bfloat16 parameters lose: use `fused=True` with `weights={weights!r}`")
+    for n,(choices, usual, what) in STORED.items():
+        x = flags.get(n)
+        if x is None: continue
+        if not (isinstance(x, str) and x in choices): raise ValueError(f"`{n}` is {' or '.join(map(repr, choices))}, or `None` for {usual}, and not {x!r}")
+        if asked != ['fused']: raise ValueError(f"Only kernels {what}: use `fused=True` with `{n}={x!r}`")
     return only(asked) if asked else None
 
 def build(

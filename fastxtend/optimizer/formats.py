@@ -61,6 +61,13 @@ class Format:
         "New tensors beside it, of zeros"
         return [torch.zeros_like(t, dtype=d, requires_grad=False) if d.itemsize == 2 else torch.zeros(n_blocks(t.numel()), dtype=d, device=t.device) for d in self.beside.values()]
 
+    def fresh(self,
+        name:str, # Of the tensor: `p`, or that of a slot
+        t:Tensor, # The tensor
+    ) -> dict[str, Tensor]:
+        "The same by the names that they have in the state of the parameter"
+        return dict(zip(self.names(name), self.start(t)))
+
 # %% ../../nbs/optimizer.formats.ipynb #98d3740e
 LOST, STAMPS = 'lost_bits', 'stamps'
 MIX_1, MIX_2, _32_BITS = 0x9E3779B1, 0x85EBCA6B, 0xffffffff

@@ -90,10 +90,10 @@ def is_plain(
 def _reason(ts, beside):
     p = ts[0]
     for k,t in enumerate(ts):
-        if t is NOTHING and k >= len(ts) - beside: continue
+        is_beside = k >= len(ts) - beside
+        if t is NOTHING and is_beside: continue
         if not is_plain(t): return UNREADABLE
         if t.device != p.device: return DEVICE
-        is_beside = k >= len(ts) - beside
         if t.dtype not in (DTYPES[BESIDE:NONE] if is_beside else FLOATS if k < 2 else DTYPES[:BESIDE]): return DTYPE
         if is_beside and t.dtype in DTYPES[WORDS:NONE]:
             if t.ndim != 1 or len(t) != n_blocks(p.numel()): return SHAPE
