@@ -15,7 +15,7 @@ import numba, numba.core.ccallback, numpy as np, torch
 from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
-from .formats import BLOCK, LOST, MIX_1, MIX_2, ROOTS, SMALLEST, top_of
+from .formats import BLOCK, LOST, MIX_1, MIX_2, ROOTS, SMALLEST, least_of, most_of, top_of
 from .formats import EXACT as EXACT_FORMAT
 from .lists import HostWork, fold_late, needs_late
 from .plan import Engine
@@ -92,7 +92,7 @@ FORMATS = {f.dtype: f for f in (
 
 # %% ../../nbs/optimizer.cpu.ipynb #bef0cf84
 _mix_1, _mix_2 = np.uint32(MIX_1), np.uint32(MIX_2)
-_block_bits, _all_bits, _no_bits, _nan_bits = np.uint32(16), np.uint32(0xffffffff), np.uint32(0), np.uint32(0x7fc00000)
+_block_bits, _no_bits, _nan_bits = np.uint32(16), np.uint32(0), np.uint32(0x7fc00000)
 
 @_jit
 def _stamp(upper):
@@ -104,8 +104,12 @@ def _stamp(upper):
     return total
 
 @_jit
-def _join(out, upper, lost, valid):
-    for i in range(len(out)): out[i] = bits_to_float(np.uint32(np.uint32(np.uint32(upper[i]) << _block_bits) + np.uint32(np.uint32(np.int32(lost[i])) & valid)))
+def _join(out, upper, lost):
+    for i in range(len(out)): out[i] = bits_to_float(np.uint32(np.uint32(np.uint32(upper[i]) << _block_bits) + np.uint32(np.int32(lost[i]))))
+
+@_jit
+def _widen(out, upper):
+    for i in range(len(out)): out[i] = bfloat_to_float(upper[i])
 
 @_jit
 def _split(x, upper, lost):
@@ -114,26 +118,27 @@ def _split(x, upper, lost):
         upper[i] = np.uint16(np.uint32(bits + np.uint32(0x8000)) >> _block_bits)
         lost[i] = np.int16(bits)
 
-_u16_ptr, _i16_ptr, _u32_ptr = map(pointer_to, (types.uint16, types.int16, types.uint32))
+_u16_ptr, _i16_ptr, _u32_ptr, _f32_ptr = map(pointer_to, (types.uint16, types.int16, types.uint32, types.float32))
+
+@_jit
+def _exact_at(upper_at, lost_at, stamps_at, start, n):
+    return carray(_u16_ptr(upper_at + 2*start), n), carray(_i16_ptr(lost_at + 2*start), n), carray(_u32_ptr(stamps_at + 4*(start//BLOCK)), -(-n//BLOCK))
 
 @_jit
 def open_exact(out, upper_at, lost_at, stamps_at, start, n):
     "Weights with the bits that they lost, where these are of the weights that are there"
-    upper, lost = carray(_u16_ptr(upper_at + 2*start), n), carray(_i16_ptr(lost_at + 2*start), n)
-    stamps = carray(_u32_ptr(stamps_at + 4*(start//BLOCK)), -(-n//BLOCK))
+    upper, lost, stamps = _exact_at(upper_at, lost_at, stamps_at, start, n)
+    _join(out[:n], upper, lost)
     for b in range(len(stamps)):
         i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
-        _join(out[i:j], upper[i:j], lost[i:j], _all_bits if _stamp(upper[i:j]) == stamps[b] else _no_bits)
+        if _stamp(upper[i:j]) != stamps[b]: _widen(out[i:j], upper[i:j])
 
 @_jit
 def close_exact(x, upper_at, lost_at, stamps_at, start, n):
     "Round weights, and keep what they lose"
-    upper, lost = carray(_u16_ptr(upper_at + 2*start), n), carray(_i16_ptr(lost_at + 2*start), n)
-    stamps = carray(_u32_ptr(stamps_at + 4*(start//BLOCK)), -(-n//BLOCK))
-    for b in range(len(stamps)):
-        i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
-        _split(x[i:j], upper[i:j], lost[i:j])
-        stamps[b] = _stamp(upper[i:j])
+    upper, lost, stamps = _exact_at(upper_at, lost_at, stamps_at, start, n)
+    _split(x[:n], upper, lost)
+    for b in range(len(stamps)): stamps[b] = _stamp(upper[b*BLOCK:min(n, (b + 1)*BLOCK)])
 
 @_jit
 def _size(x): return bits_to_float(np.uint32(float_to_bits(x) & np.uint32(0x7fffffff)))
@@ -147,13 +152,17 @@ def _greatest(x):
         most = bits if bits > most else most
     return bits_to_float(most)
 
+@_jit
+def _chance(x): return np.float32(np.int32(np.uint32(float_to_bits(x)*_mix_1)))*np.float32(2.**-31)
+
 def root_format(
     dtype:torch.dtype, # Of codes
 ) -> Format:
     "Eight bits of the root of an element's share of the greatest in its block"
-    signed, top, code = dtype == torch.int8, top_of(dtype), types.int8 if dtype == torch.int8 else types.uint8
-    ptr, store, top_sqr, one, two, zero = pointer_to(code), np.int8 if signed else np.uint8, np.float32(top**2), np.float32(1), np.float32(2), np.float32(0)
-    unit, smallest = np.float32(1/top**2), np.float32(SMALLEST)
+    signed, top = dtype == torch.int8, top_of(dtype)
+    ptr, store, code = pointer_to(types.int8 if signed else types.uint8), *((np.int8, np.int32) if signed else (np.uint8, np.uint32))
+    unit, smallest, most, least = np.float32(1/top**2), np.float32(SMALLEST), np.float32(most_of(dtype)), np.float32(least_of(dtype))
+    to_whole, quarter, zero = np.float32(2**23 - .5), np.float32(.25), np.float32(0)
 
     @_jit
     def decode(out, codes, scale):
@@ -165,34 +174,35 @@ def root_format(
     def encode(x, codes, share):
         for i in range(len(x)):
             s = _size(x[i])*share
-            s = s if s <= top_sqr else top_sqr
-            c = np.int32(math.sqrt(s))
-            whole = np.float32(c)
-            chance = bits_to_float(np.uint32(np.uint32(np.uint32(float_to_bits(x[i])*_mix_1) >> np.uint32(9)) | np.uint32(0x3f800000))) - one
-            c = np.int32(c + np.int32(chance*(two*whole + one) < s - whole*whole))
-            if signed: c = np.int32(-c) if x[i] < zero else c
-            else: c = np.int32(1) if c == np.int32(0) and x[i] > zero else c
-            codes[i] = store(c)
+            root = math.sqrt(s)
+            whole = (root if root > least else least) + to_whole # From 2^23 on there are only whole numbers, and the last bits of them are the code
+            middle = whole - to_whole
+            up = _chance(x[i])*middle < s - quarter - middle*middle
+            c = np.uint32(float_to_bits(whole) + np.uint32(up))
+            if signed: codes[i] = np.int8(np.uint32(_no_bits - c) if x[i] < zero else c)
+            else: codes[i] = np.uint8(c if x[i] > zero else _no_bits)
+
+    @_jit
+    def root_at(at, scales_at, start, n): return carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
 
     @_jit
     def open_root(out, at, scales_at, start, n):
-        codes, scales = carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
+        codes, scales = root_at(at, scales_at, start, n)
         for b in range(len(scales)):
             i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
             decode(out[i:j], codes[i:j], scales[b]*unit)
 
     @_jit
     def close_root(x, at, scales_at, start, n):
-        codes, scales = carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
+        codes, scales = root_at(at, scales_at, start, n)
+        for b in range(len(scales)):
+            scale = _greatest(x[b*BLOCK:min(n, (b + 1)*BLOCK)])
+            scales[b] = smallest if scale < smallest else scale
         for b in range(len(scales)):
             i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
-            scale = _greatest(x[i:j])
-            scales[b] = smallest if scale < smallest else scale
-            encode(x[i:j], codes[i:j], top_sqr/scales[b])
+            encode(x[i:j], codes[i:j], most/scales[b])
 
     return Format(dtype, types.float32, types.float32, open=open_root, close=close_root)
-
-_f32_ptr = pointer_to(types.float32)
 
 EXACT = Format(torch.bfloat16, types.float32, types.float32, open=open_exact, close=close_exact)
 FORMATS.update({d: root_format(d) for d in ROOTS})

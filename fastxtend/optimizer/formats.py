@@ -13,7 +13,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['BLOCK', 'NOTHING', 'LOST', 'STAMPS', 'MIX_1', 'MIX_2', 'EXACT', 'SCALES', 'SMALLEST', 'ROOTS', 'n_blocks', 'flat',
-           'laid', 'Format', 'stamps_of', 'exact_join', 'exact_split', 'root_join', 'root_split', 'top_of']
+           'laid', 'Format', 'stamps_of', 'exact_join', 'exact_split', 'root_join', 'root_split', 'top_of', 'most_of',
+           'least_of']
 
 # %% ../../nbs/optimizer.formats.ipynb #dde5b061
 BLOCK = 128 # Elements that have one word in common
@@ -116,9 +117,9 @@ SCALES, SMALLEST = 'scales', 2.**-110 # No scale is smaller: one can be divided 
 def _chance(
     x:Tensor, # float32
 ) -> Tensor:
-    "A number from 0 to 1 for each, from its bits"
+    "A number from -1 to 1 for each, from its bits"
     bits = ((x.view(torch.int32).long() & _32_BITS)*MIX_1) & _32_BITS
-    return (bits >> 9).float()*2.**-23
+    return bits.int().float()*2.**-31
 
 def _by_block(x): return torch.nn.functional.pad(x, (0, n_blocks(len(x))*BLOCK - len(x))).view(-1, BLOCK)
 
@@ -137,14 +138,14 @@ def root_split(
     scales:Tensor, # To be written
 ):
     "Codes and scales for the numbers `x`"
-    top, x = top_of(t.dtype), flat(x.float(), t).contiguous()
+    x = flat(x.float(), t).contiguous()
     blocks = _by_block(x)
     greatest = blocks.abs().amax(1).clamp(min=SMALLEST) if len(blocks) else blocks.new_zeros(0)
-    shares = blocks.abs()*(top**2/greatest)[:, None]
-    codes = shares.clamp(max=top**2).sqrt().floor().nan_to_num(0.)
-    codes += _chance(blocks.contiguous())*(2*codes + 1) < shares - codes*codes
-    codes = codes.clamp(max=top)
-    codes = torch.maximum(codes, (blocks > 0).float()) if t.dtype == torch.uint8 else codes.copysign(blocks)
+    shares = blocks.abs()*(most_of(t.dtype)/greatest)[:, None]
+    codes = shares.nan_to_num(0.).sqrt().clamp(min=least_of(t.dtype)).floor()
+    middle = codes + .5
+    codes += _chance(blocks)*middle < shares - .25 - middle*middle
+    codes = codes.where(blocks > 0, 0.) if t.dtype == torch.uint8 else codes.copysign(blocks)
     flat(t, t).copy_(codes.flatten()[:len(x)])
     scales.copy_(greatest)
 
@@ -153,5 +154,17 @@ def top_of(
 ) -> int:
     "The greatest code"
     return 127 if dtype == torch.int8 else 255
+
+def most_of(
+    dtype:torch.dtype, # Of codes
+) -> float:
+    "The square of the greatest code, and a little less, so that no rounding leads above it"
+    return top_of(dtype)**2*(1 - 2.**-22)
+
+def least_of(
+    dtype:torch.dtype, # Of codes
+) -> float:
+    "The least root. What cannot be negative and is not zero is not stored as zero"
+    return .5 if dtype == torch.int8 else 1 + 2.**-22
 
 ROOTS = {d: Format(d, {SCALES: torch.float32}, root_join, root_split) for d in (torch.int8, torch.uint8)}
