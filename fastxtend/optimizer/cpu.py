@@ -92,20 +92,21 @@ FORMATS = {f.dtype: f for f in (
 
 # %% ../../nbs/optimizer.cpu.ipynb #bef0cf84
 _mix_1, _mix_2 = np.uint32(MIX_1), np.uint32(MIX_2)
-_block_bits, _no_bits, _nan_bits = np.uint32(16), np.uint32(0), np.uint32(0x7fc00000)
+_half, _no_bits, _nan_bits = np.uint32(16), np.uint32(0), np.uint32(0x7fc00000)
+_places = np.arange(BLOCK, dtype=np.uint32) << _half # A table: computed in the loop, they would be numbers of 64 bits
 
 @_jit
 def _stamp(upper):
     "The stamp of a block"
     total = np.uint32(0)
     for i in range(len(upper)):
-        x = np.uint32(np.uint32(np.uint32(np.uint32(i) << _block_bits) | np.uint32(upper[i]))*_mix_1)
+        x = np.uint32(np.uint32(_places[i] | np.uint32(upper[i]))*_mix_1)
         total = np.uint32(total + np.uint32(np.uint32(x ^ (x >> np.uint32(15)))*_mix_2))
     return total
 
 @_jit
 def _join(out, upper, lost):
-    for i in range(len(out)): out[i] = bits_to_float(np.uint32(np.uint32(np.uint32(upper[i]) << _block_bits) + np.uint32(np.int32(lost[i]))))
+    for i in range(len(out)): out[i] = bits_to_float(np.uint32(np.uint32(np.uint32(upper[i]) << _half) + np.uint32(np.int32(lost[i]))))
 
 @_jit
 def _widen(out, upper):
@@ -115,7 +116,7 @@ def _widen(out, upper):
 def _split(x, upper, lost):
     for i in range(len(x)):
         bits = _nan_bits if x[i] != x[i] else float_to_bits(x[i])
-        upper[i] = np.uint16(np.uint32(bits + np.uint32(0x8000)) >> _block_bits)
+        upper[i] = np.uint16(np.uint32(bits + np.uint32(0x8000)) >> _half)
         lost[i] = np.int16(bits)
 
 _u16_ptr, _i16_ptr, _u32_ptr, _f32_ptr = map(pointer_to, (types.uint16, types.int16, types.uint32, types.float32))
