@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['BLOCK', 'NOTHING', 'LOST', 'STAMPS', 'MIX_1', 'MIX_2', 'EXACT', 'SCALES', 'SMALLEST', 'ROOTS', 'n_blocks', 'flat',
-           'laid', 'Format', 'stamps_of', 'exact_join', 'exact_split', 'root_join', 'root_split', 'top_of', 'most_of',
-           'least_of']
+__all__ = ['BLOCK', 'NOTHING', 'LOST', 'STAMPS', 'MIX_1', 'MIX_2', 'EXACT', 'SCALES', 'SMALLEST', 'ROOTS', 'CHANCE', 'n_blocks',
+           'flat', 'laid', 'Format', 'stamps_of', 'exact_join', 'exact_split', 'root_join', 'root_split', 'top_of',
+           'most_of', 'least_of', 'chance_split', 'format_of']
 
 # %% ../../nbs/optimizer.formats.ipynb #dde5b061
 BLOCK = 128 # Elements that have one word in common
@@ -42,7 +42,7 @@ def laid(
     flat(res, res).copy_(xs)
     return res
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Format:
     "How numbers are stored, in a tensor and in others beside it"
     dtype:torch.dtype # Of the tensor
@@ -168,3 +168,27 @@ def least_of(
     return .5 if dtype == torch.int8 else 1 + 2.**-22
 
 ROOTS = {d: Format(d, {SCALES: torch.float32}, root_join, root_split) for d in (torch.int8, torch.uint8)}
+
+# %% ../../nbs/optimizer.formats.ipynb #c0ffee02
+def chance_split(
+    x:Tensor, # float32
+    t:Tensor, # bfloat16, to be written
+):
+    "Round `x` up or down into `t`, right on average"
+    bits = x.float().contiguous().view(torch.int32).long() & _32_BITS
+    rounded = (bits + ((bits*MIX_1 & _32_BITS) >> 16) >> 16).to(torch.int16).view(torch.bfloat16)
+    t.copy_(torch.where(x.isnan(), torch.nan, rounded))
+
+CHANCE = Format(torch.bfloat16, {}, lambda t: t.float(), chance_split)
+
+# %% ../../nbs/optimizer.formats.ipynb #c0ffee05
+def format_of(
+    name:str, # Of the tensor: `p`, `g`, or that of a slot
+    dtype:torch.dtype, # Its own
+    p:torch.dtype, # That of the parameter
+    exact:bool, # Are the bits kept that the parameter loses?
+) -> Format|None: # `None` if it is only converted
+    "How a tensor of a parameter is stored"
+    if name == 'p': return EXACT if exact else None
+    if dtype == torch.bfloat16 and name != 'g' and (exact or p != dtype): return CHANCE
+    return ROOTS.get(dtype)
