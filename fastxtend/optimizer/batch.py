@@ -13,7 +13,7 @@ from operator import attrgetter
 import numpy as np, torch
 from torch import Tensor
 
-from .formats import LOST, NOTHING, ROOTS, Format, format_of
+from .formats import CHANCE, LOST, NOTHING, ROOTS, Format, format_of
 from .probe import is_dense, is_sharded, sharing_memory
 from .steppers import Composition
 
@@ -92,7 +92,7 @@ class Batch:
         "How a tensor is stored"
         t = self.named()[name][i]
         fmt = format_of(name, t.dtype, self.params[i].dtype, LOST in self.beside and self.beside[LOST][i] is not NOTHING)
-        return fmt, [t, *(self.beside[n][i] for n in fmt.names(name))] if fmt else [t]
+        return fmt, [t, *(self.beside[n][i] for n in fmt.names(name)), *([self.read('p', i)] if fmt is CHANCE else [])] if fmt else [t]
 
     def read(self, name, i) -> Tensor:
         "A tensor in full"

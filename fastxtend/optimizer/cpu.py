@@ -68,10 +68,16 @@ def float_to_bfloat(x):
 _mix_1, _mix_2 = np.uint32(MIX_1), np.uint32(MIX_2)
 
 @_jit
-def float_to_either(x):
+def _mixed(x):
+    x = np.uint32(x*_mix_1)
+    return np.uint32(np.uint32(x ^ (x >> np.uint32(15)))*_mix_2)
+
+@_jit
+def float_to_either(x, p):
     "One of the neighbours, by chance"
     bits = float_to_bits(x)
-    rounded = np.uint32(bits + (np.uint32(bits*_mix_1) >> np.uint32(16))) >> np.uint32(16)
+    chance = np.uint32(_mixed(float_to_bits(p)) + np.uint32(bits << np.uint32(16))) >> np.uint32(16)
+    rounded = np.uint32(bits + chance) >> np.uint32(16)
     return np.uint16(np.uint32(0x7fc0) if x != x else rounded)
 
 @_jit
@@ -85,7 +91,8 @@ class Codec:
     store:types.Type # What is in memory
     compute:types.Type # What steppers compute in
     load:Callable=same # From memory
-    save:Callable=same # To memory
+    save:Callable=same # To memory; of the number and the weight if `chance` is set
+    chance:bool=False # Is it rounded by chance?
     open:Callable=None # From a piece of memory to what is loaded from, if elements cannot be loaded one by one
     close:Callable=None # And back
     beside:tuple=() # Names of the tensors that `open` and `close` take as well, beside this one
@@ -98,7 +105,7 @@ CODECS = {c.dtype: c for c in (
     Codec(torch.float64, types.float64, types.float64),
     Codec(torch.bfloat16, types.uint16, types.float32, bfloat_to_float, float_to_bfloat),
     Codec(torch.float16, types.uint16, types.float32, half_to_float, float_to_half))}
-CODECS[formats.CHANCE] = replace(CODECS[torch.bfloat16], save=float_to_either)
+CODECS[formats.CHANCE] = replace(CODECS[torch.bfloat16], save=float_to_either, chance=True)
 
 # %% ../../nbs/optimizer.cpu.ipynb #bef0cf84
 _half, _no_bits, _nan_bits = np.uint32(16), np.uint32(0), np.uint32(0x7fc00000)
@@ -109,8 +116,7 @@ def _stamp(upper):
     "The stamp of a block"
     total = np.uint32(0)
     for i in range(len(upper)):
-        x = np.uint32(np.uint32(_places[i] | np.uint32(upper[i]))*_mix_1)
-        total = np.uint32(total + np.uint32(np.uint32(x ^ (x >> np.uint32(15)))*_mix_2))
+        total = np.uint32(total + _mixed(np.uint32(_places[i] | np.uint32(upper[i]))))
     return total
 
 @_jit
@@ -288,7 +294,7 @@ def chunk_source(
         loads='\n'.join(f'{x} = load_{k}(_{x}[_i])' for x,k in at.items()),
         lines='\n'.join(with_numbers_in(l) for l in stage.lines))
     if not stage.sums:
-        parts.update(stores='\n'.join([f'_{x}[_i] = save_{tensors.index(x)}({x})' for x in stage.gives] + ['_g[_i] = save_1(zero)']*stage.clears))
+        parts.update(stores='\n'.join([f'_{x}[_i] = save_{at[x]}({x}{", p" if codecs[at[x]].chance else ""})' for x in stage.gives] + ['_g[_i] = save_1(zero)']*stage.clears))
         if opened:
             parts['close'] = '\n'.join(f'close_{at[x]}({opened[x]})' for x in stage.gives if x in opened) or 'pass'
             return _pieces_source.format(**{k: block(v, 8 if k in ('arrays', 'close') else 12) if k in ('arrays', 'close', 'loads', 'lines', 'stores') else v for k,v in parts.items()})
@@ -352,6 +358,7 @@ def _in(fmt, real):
     "How a tensor is loaded and saved where all is computed in `real`"
     if (fmt.compute == types.float64) == (real is np.float64): return fmt.load, fmt.save
     load, save = fmt.load, fmt.save
+    if fmt.chance: return _jit(lambda x: real(load(x))), _jit(lambda x, p: save(np.float32(x), np.float32(p)))
     return _jit(lambda x: real(load(x))), _jit(lambda x: save(np.float32(x)))
 
 # %% ../../nbs/optimizer.cpu.ipynb #95379210

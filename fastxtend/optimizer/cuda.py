@@ -142,11 +142,15 @@ def _load_block(param, at, size, pointers, mask, n:tl.constexpr, compute:tl.cons
 _mix_1, _mix_2, _per_stamp = tl.constexpr(MIX_1), tl.constexpr(MIX_2), tl.constexpr(BLOCK)
 
 @triton.jit
+def _mixed(x):
+    x = x*_mix_1
+    return (x ^ (x >> 15))*_mix_2
+
+@triton.jit
 def _stamps(upper, mask, BLOCK:tl.constexpr, masked:tl.constexpr):
     "The stamps of the weights of a block, of which these are the upper halves"
     nth = (tl.arange(0, BLOCK) % _per_stamp).to(tl.uint32)
-    x = ((nth << 16) | upper)*_mix_1
-    x = (x ^ (x >> 15))*_mix_2
+    x = _mixed((nth << 16) | upper)
     if masked: x = tl.where(mask, x, 0)
     return tl.sum(tl.reshape(x, (BLOCK//_per_stamp, _per_stamp)), axis=1)
 
@@ -225,10 +229,11 @@ def _close_root(param, at, size, pointers, mask, x, signed:tl.constexpr, positio
 
 # %% ../../nbs/optimizer.cuda.ipynb #c641f914
 @triton.jit
-def _either(x):
+def _either(x, p):
     "One of the neighbours in bfloat16, by chance"
     bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-    rounded = (bits + ((bits*_mix_1) >> 16)) >> 16
+    chance = (_mixed(p.to(tl.float32).to(tl.uint32, bitcast=True)) + (bits << 16)) >> 16
+    rounded = (bits + chance) >> 16
     return tl.where(x != x, 0x7fc0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 @triton.jit
@@ -243,7 +248,7 @@ def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, wr
     for i in tl.static_range(2, n):
         if (writes >> i) & 1:
             if beside[i]: _close_root(param, at, size, pointers[i], mask, new[i-1], dtypes[i] == tl.int8, beside[i], BLOCK, masked)
-            elif (chance >> i) & 1: tl.store(pointers[i], _either(new[i-1]), mask=mask)
+            elif (chance >> i) & 1: tl.store(pointers[i], _either(new[i-1], new[0]), mask=mask)
             else: tl.store(pointers[i], new[i-1].to(dtypes[i]), mask=mask)
     if clear: tl.store(pointers[1], tl.zeros((BLOCK,), dtypes[1]), mask=mask)
 

@@ -73,14 +73,17 @@ class Format:
 LOST, STAMPS = 'lost_bits', 'stamps'
 MIX_1, MIX_2, _32_BITS = 0x9E3779B1, 0x85EBCA6B, 0xffffffff
 
+def _mixed(x):
+    x = (x*MIX_1) & _32_BITS
+    return ((x ^ x >> 15)*MIX_2) & _32_BITS
+
 def stamps_of(
     upper:Tensor, # Upper halves in the order of memory: int16
 ) -> Tensor: # int32
     "The stamp of each block"
     n = len(upper)
     at = torch.arange(n, device=upper.device) % BLOCK
-    x = ((at << 16 | upper.long() & 0xffff)*MIX_1) & _32_BITS
-    x = ((x ^ x >> 15)*MIX_2) & _32_BITS
+    x = _mixed(at << 16 | upper.long() & 0xffff)
     sums = torch.nn.functional.pad(x, (0, n_blocks(n)*BLOCK - n)).view(-1, BLOCK).sum(1)
     return (sums & _32_BITS).int()
 
@@ -173,13 +176,15 @@ ROOTS = {d: Format(d, {SCALES: torch.float32}, root_join, root_split) for d in (
 def chance_split(
     x:Tensor, # float32
     t:Tensor, # bfloat16, to be written
+    p:Tensor, # The weights
 ):
     "Round `x` up or down into `t`, right on average"
-    bits = x.float().contiguous().view(torch.int32).long() & _32_BITS
-    rounded = (bits + ((bits*MIX_1 & _32_BITS) >> 16) >> 16).to(torch.int16).view(torch.bfloat16)
+    bits, others = (t.float().contiguous().view(torch.int32).long() & _32_BITS for t in (x, p.detach()))
+    chance = (_mixed(others) + (bits << 16) & _32_BITS) >> 16
+    rounded = (bits + chance >> 16).to(torch.int16).view(torch.bfloat16)
     t.copy_(torch.where(x.isnan(), torch.nan, rounded))
 
-CHANCE = Format(torch.bfloat16, {}, lambda t: t.float(), chance_split)
+CHANCE = Format(torch.bfloat16, {}, lambda t, p: t.float(), chance_split)
 
 # %% ../../nbs/optimizer.formats.ipynb #c0ffee05
 def format_of(
