@@ -23,11 +23,11 @@ from ..optimizer.formats import format_of
 from ..optimizer.table import OPTIMIZERS
 
 # %% auto #0
-__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'LION', 'PYTORCH_OPTIMIZER', 'SCHEDULEFREE', 'PRODIGY', 'FORMATS',
-           'CONTESTANTS', 'COPY', 'WARM_UP', 'TURN', 'OURS', 'hypers_of', 'optimizer_name', 'bytes_per_parameter',
-           'tensors_per_parameter', 'split_groups', 'group_lrs', 'Lacking', 'Contestant', 'contestant_name',
-           'Stopwatch', 'time_calls', 'race', 'Watcher', 'watch_calls', 'Result', 'summarize', 'Contest', 'choose',
-           'device_name', 'choose_backends', 'Benchmark', 'Recommendation', 'recommend']
+__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'LION', 'PYTORCH_OPTIMIZER', 'SCHEDULEFREE', 'EIGHT_BITS', 'PRODIGY',
+           'FORMATS', 'CONTESTANTS', 'COPY', 'WARM_UP', 'TURN', 'OURS', 'hypers_of', 'optimizer_name',
+           'bytes_per_parameter', 'tensors_per_parameter', 'split_groups', 'group_lrs', 'Lacking', 'Contestant',
+           'contestant_name', 'Stopwatch', 'time_calls', 'race', 'Watcher', 'watch_calls', 'Result', 'summarize',
+           'Contest', 'choose', 'device_name', 'choose_backends', 'Benchmark', 'Recommendation', 'recommend']
 
 # %% ../../nbs/benchmark.steps.ipynb #047eca0f
 SETTINGS = dict(SGD=dict(mom=.9))
@@ -135,6 +135,7 @@ PYTORCH_OPTIMIZER = dict(
 SCHEDULEFREE = dict(
     ScheduleFreeAdam=('AdamWScheduleFree', lambda h: dict(warmup_steps=h['warmup'], **_betas(h))),
     ScheduleFreeSGD=('SGDScheduleFree', lambda h: dict(warmup_steps=h['warmup'], **_momentum(h))))
+EIGHT_BITS = dict(Adam=('AdamW8bit', _betas))
 PRODIGY = dict(Prodigy=('Prodigy', lambda h: dict(d0=h['first_estimate'], **_betas(h))))
 
 class Lacking(Exception):
@@ -187,6 +188,8 @@ CONTESTANTS = {o.name: o for o in (
     Contestant('pytorch_optimizer', _peer('pytorch_optimizer', PYTORCH_OPTIMIZER), 'pytorch_optimizer', False),
     Contestant('schedulefree',   _peer('schedulefree', SCHEDULEFREE, foreach=True), 'schedulefree', False),
     Contestant('prodigyopt',     _prodigyopt, 'prodigyopt', False),
+    Contestant('bitsandbytes',   _peer('bitsandbytes.optim', EIGHT_BITS), 'bitsandbytes', False, FORMATS['int8']),
+    Contestant('torchao',        _peer('torchao.optim', EIGHT_BITS), 'torchao', False, FORMATS['int8']),
 )}
 
 def contestant_name(
