@@ -856,6 +856,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastxtend/optimizer/cpu.py'),
                                          'fastxtend.optimizer.cpu.half_to_float': ( 'optimizer.cpu.html#half_to_float',
                                                                                     'fastxtend/optimizer/cpu.py'),
+                                         'fastxtend.optimizer.cpu.jit_for': ('optimizer.cpu.html#jit_for', 'fastxtend/optimizer/cpu.py'),
                                          'fastxtend.optimizer.cpu.math_in': ('optimizer.cpu.html#math_in', 'fastxtend/optimizer/cpu.py'),
                                          'fastxtend.optimizer.cpu.open_exact': ( 'optimizer.cpu.html#open_exact',
                                                                                  'fastxtend/optimizer/cpu.py'),

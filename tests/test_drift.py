@@ -17,4 +17,4 @@ def test_final_loss_is_within_the_noise_of_seeds(case):
     name, hypers = case
     steps = drift.STEPS if SOAK else 2000
     own, *others = (drift.drift(name, flags, steps, **hypers) for flags in drift.WAYS.values())
-    for x in others: assert abs(x.mean() - own.mean()) < own.std(ddof=1)
+    for x in others: assert abs(x.mean() - own.mean()) < own.std(ddof=1)/4

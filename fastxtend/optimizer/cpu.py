@@ -24,10 +24,10 @@ from .probe import DTYPES, Probe
 from .steppers import Stage, called_by, compile_function, with_numbers_in
 
 # %% auto #0
-__all__ = ['CODECS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'bfloat_to_float',
-           'float_to_bfloat', 'float_to_either', 'same', 'Codec', 'open_exact', 'close_exact', 'root_codec',
-           'codecs_of', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables', 'NumbaEngine',
-           'engine', 'Prepared', 'NumbaWork']
+__all__ = ['CODECS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'jit_for',
+           'bfloat_to_float', 'float_to_bfloat', 'float_to_either', 'same', 'Codec', 'open_exact', 'close_exact',
+           'root_codec', 'codecs_of', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables',
+           'NumbaEngine', 'engine', 'Prepared', 'NumbaWork']
 
 # %% ../../nbs/optimizer.cpu.ipynb #034c452c
 @intrinsic
@@ -55,6 +55,15 @@ def float_to_bits(typingctx, x):
     return types.uint32(types.float32), codegen
 
 _jit = partial(njit, error_model='numpy', fastmath={'contract'})
+
+def jit_for(
+    what, # What tells a function apart from others of its name
+) -> Callable:
+    "Decorates a function that is made more than once. Machine code that comes from Numba's cache is found by name and types of arguments: it has to have a name of its own"
+    def decorate(f):
+        f.__qualname__ += f'_{what}'
+        return _jit(f)
+    return decorate
 
 @_jit
 def bfloat_to_float(x): return bits_to_float(np.uint32(x) << np.uint32(16))
@@ -177,16 +186,17 @@ def root_codec(
     "Eight bits of the root of an element's share of the greatest in its block"
     signed, top = dtype == torch.int8, top_of(dtype)
     ptr, store, code = pointer_to(types.int8 if signed else types.uint8), *((np.int8, np.int32) if signed else (np.uint8, np.uint32))
+    jit = jit_for(dtype)
     unit, smallest, most, least = np.float32(1/top**2), np.float32(SMALLEST), np.float32(most_of(dtype)), np.float32(least_of(dtype))
     to_whole, quarter, zero = np.float32(2**23 - .5), np.float32(.25), np.float32(0)
 
-    @_jit
+    @jit
     def decode(out, codes, scale):
         for i in range(len(out)):
             c = np.float32(codes[i])
             out[i] = c*_size(c)*scale
 
-    @_jit
+    @jit
     def encode(x, codes, share):
         for i in range(len(x)):
             s = _size(x[i])*share
@@ -198,17 +208,17 @@ def root_codec(
             if signed: codes[i] = np.int8(np.uint32(_no_bits - c) if x[i] < zero else c)
             else: codes[i] = np.uint8(c if x[i] > zero else _no_bits)
 
-    @_jit
+    @jit
     def root_at(at, scales_at, start, n): return carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
 
-    @_jit
+    @jit
     def open_root(out, at, scales_at, start, n):
         codes, scales = root_at(at, scales_at, start, n)
         for b in range(len(scales)):
             i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
             decode(out[i:j], codes[i:j], scales[b]*unit)
 
-    @_jit
+    @jit
     def close_root(x, at, scales_at, start, n):
         codes, scales = root_at(at, scales_at, start, n)
         for b in range(len(scales)):
@@ -358,8 +368,8 @@ def _in(fmt, real):
     "How a tensor is loaded and saved where all is computed in `real`"
     if (fmt.compute == types.float64) == (real is np.float64): return fmt.load, fmt.save
     load, save = fmt.load, fmt.save
-    if fmt.chance: return _jit(lambda x: real(load(x))), _jit(lambda x, p: save(np.float32(x), np.float32(p)))
-    return _jit(lambda x: real(load(x))), _jit(lambda x: save(np.float32(x)))
+    jit = jit_for(f'{fmt.dtype}_{fmt.chance}')
+    return jit(lambda x: real(load(x))), jit((lambda x, p: save(np.float32(x), np.float32(p))) if fmt.chance else lambda x: save(np.float32(x)))
 
 # %% ../../nbs/optimizer.cpu.ipynb #95379210
 CHUNK, SERIAL = 2**14, 2**16
