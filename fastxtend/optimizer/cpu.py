@@ -322,13 +322,13 @@ def math_in(
     real:type, # `np.float32` or `np.float64`
 ) -> dict:
     "What steppers may call, for Numba; NaN goes where PyTorch lets it go"
-    number = _jit(lambda x: real(x))
-    return dict(
-        sqrt=math.sqrt, exp=math.exp, log=math.log, abs=abs, number=number,
-        where=_jit(lambda flag, a, b: a if flag else b),
-        sign=_jit(lambda x: real(1) if x > 0 else real(-1) if x < 0 else real(0)),
-        minimum=_jit(lambda a, b: a if a != a or a < b else b),
-        maximum=_jit(lambda a, b: a if a != a or a > b else b))
+    own = dict(
+        number=lambda x: real(x),
+        where=lambda flag, a, b: a if flag else b,
+        sign=lambda x: real(1) if x > 0 else real(-1) if x < 0 else real(0),
+        minimum=lambda a, b: a if a != a or a < b else b,
+        maximum=lambda a, b: a if a != a or a > b else b)
+    return dict(sqrt=math.sqrt, exp=math.exp, log=math.log, abs=abs, **{n: jit_for(f'{n}_{real.__name__}')(f) for n,f in own.items()})
 
 def _sources(f):
     "Bytecode and constants of a stepper and all it calls"
@@ -368,8 +368,8 @@ def _in(fmt, real):
     "How a tensor is loaded and saved where all is computed in `real`"
     if (fmt.compute == types.float64) == (real is np.float64): return fmt.load, fmt.save
     load, save = fmt.load, fmt.save
-    jit = jit_for(f'{fmt.dtype}_{fmt.chance}')
-    return jit(lambda x: real(load(x))), jit((lambda x, p: save(np.float32(x), np.float32(p))) if fmt.chance else lambda x: save(np.float32(x)))
+    what = f'{fmt.dtype}_{fmt.store}_{fmt.chance}'
+    return jit_for(f'load_{what}')(lambda x: real(load(x))), jit_for(f'save_{what}')((lambda x, p: save(np.float32(x), np.float32(p))) if fmt.chance else lambda x: save(np.float32(x)))
 
 # %% ../../nbs/optimizer.cpu.ipynb #95379210
 CHUNK, SERIAL = 2**14, 2**16
