@@ -8,10 +8,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from fastcore.basics import patch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .optimizer.all import OPTIMIZERS
 from .optimizer.attach import read_together, unscaling
@@ -179,7 +180,7 @@ def _check(o):
 
 class TorchStyle(torch.optim.Optimizer):
     "An optimizer of this library as a `torch.optim.Optimizer`"
-    column, structure = None, () # Its `Column`, and names of the options that decide what a step consists of
+    column, structure = None, () # Its `Column`, and names of the options that decide what a step consists of, besides `WAYS`
     _step_supports_amp_scaling = True # `GradScaler` leaves it to `step` to divide by `grad_scale`, and to do nothing after `found_inf`
 
     def __init__(self, params, *args, **kwargs):
@@ -241,7 +242,7 @@ def backend(self:TorchStyle,
     return 'fused'
 
 @patch
-def kind(self:TorchStyle, group): return tuple([group.get(n) if n in WAYS else bool(group.get(n)) for n in self.structure])
+def kind(self:TorchStyle, group): return *map(group.get, WAYS), *map(bool, map(group.get, self.structure))
 
 @patch
 def spec(self:TorchStyle,
@@ -269,6 +270,7 @@ def make_engine(self:TorchStyle,
         if engine.slot_dtype is not None:
             for n in [n for n in engine.own_slots if n in s]: s.update(engine._loaded_slot(p, n, s[n], s))
     if engine.own_slots or numbers: engine.state = state # else nothing is kept
+    if engine.composition().carried: engine.carried = group.setdefault('carried', {})
     return engine
 
 @patch
@@ -285,14 +287,13 @@ def engines(self:TorchStyle) -> list:
     kinds = {}
     for g in self.param_groups:
         if g['params']: kinds.setdefault(self.kind(g), []).append(g)
-    for kind in set(self._engines) - set(kinds): del self._engines[kind]
+    for kind in [k for k in self._engines if k not in kinds]: del self._engines[kind]
     for kind,groups in kinds.items():
         if kind not in self._engines:
             for g in groups: self.check_group(g)
             self._engines[kind] = self.make_engine(groups)
         engine = self._engines[kind]
         engine.param_lists, engine.hypers = [g['params'] for g in groups], [self.hypers(g) for g in groups]
-        if engine.composition().carried: engine.carried = groups[0].setdefault('carried', {})
     return [self._engines[k] for k in kinds]
 
 # %% ../nbs/optim.ipynb #d2c0ffee
@@ -300,6 +301,7 @@ def engines(self:TorchStyle) -> list:
 def scaling(self:TorchStyle) -> float|None: # What gradients are to be multiplied by; `None` if nothing may be stepped
     "What `GradScaler` left in `grad_scale` and `found_inf`"
     scale, found = getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)
+    if scale is None and found is None: return 1.
     scale, found = read_together(1. if scale is None else scale, 0. if found is None else found)
     return None if found else 1/scale
 
@@ -336,6 +338,23 @@ def step(self:TorchStyle,
 def _uncompiled(opt, closure):
     "The step in a function that `torch.compile` takes: there is nothing in it for a compiler"
     return opt.step(closure)
+
+# %% ../nbs/optim.ipynb #6b1e0f3b
+def _if_heard(wrapped):
+    "`wrapped`, a step as PyTorch wraps it, if there is a hook or a profiler, and else the step in it"
+    @wraps(wrapped)
+    def step(self, *args, **kwargs):
+        heard = (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+                 or torch.autograd._profiler_enabled())
+        return (wrapped if heard else wrapped.__wrapped__)(self, *args, **kwargs)
+    step.listens = True
+    return step
+
+@patch
+def _patch_step_function(self:TorchStyle):
+    torch.optim.Optimizer._patch_step_function(self)
+    cls = type(self)
+    if not hasattr(cls.step, 'listens'): cls.step = _if_heard(cls.step)
 
 # %% ../nbs/optim.ipynb #74572343
 def _numbers(composition):
@@ -425,7 +444,7 @@ def torch_class(
     P = inspect.Parameter
     params = [*inspect.signature(column.like).parameters.values()] if column.like else [P('params', P.POSITIONAL_OR_KEYWORD), *(P(n, P.POSITIONAL_OR_KEYWORD if i < 2 else P.KEYWORD_ONLY, default=d) for i,(n,d) in enumerate(column.defaults.items()))]
     params += [P(n, P.KEYWORD_ONLY, default=None) for n in WAYS if n not in {p.name for p in params}]
-    structure = tuple(p.name for p in params if isinstance(p.default, bool) or p.name in (*STRUCTURE, *WAYS))
+    structure = tuple(p.name for p in params if p.name not in WAYS and (isinstance(p.default, bool) or p.name in STRUCTURE))
     return type(name, (TorchStyle,), dict(column=column, structure=structure, __signature__=inspect.Signature(params), __doc__=doc, __module__=__name__))
 
 _classes = {n: torch_class(n, c, f"`torch.optim.{n}`, in one kernel") for n,c in COLUMNS.items()}
