@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 
 import torch
 from fastcore.basics import patch
+from fastcore.docments import docments
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .optimizer.all import OPTIMIZERS
@@ -22,6 +23,7 @@ from .optimizer.declare import STORED, backend_of, build
 from .optimizer.fused import RADAM_SCALARS, adam_step, momentum_step, sgd_step
 from .optimizer.kernels import check_numba
 from .optimizer.nadam import nadam_step
+from .optimizer.report import Report
 from .optimizer.steppers import (STEP, Switch, add_momentum, apply, args_of, average_grad, average_sqr_grad, decay, folded, l2_reg, maximum,
                                           slot, sqrt, stepper, unwrapped, where)
 from .optimizer.table import OptimizerSpec
@@ -29,7 +31,7 @@ from .optimizer.table import OptimizerSpec
 # %% auto #0
 __all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'STRUCTURE', 'WAYS', 'add_dampened', 'look_ahead',
            'ascend', 'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column', 'column_of',
-           'renamed', 'TorchStyle', 'torch_class']
+           'renamed', 'TorchStyle', 'help_of', 'torch_class']
 
 # %% ../nbs/optim.ipynb #c7de87d0
 def _share(dampening, step): return 1. - dampening if step > 1 else 1.
@@ -434,6 +436,53 @@ def eval(self:TorchStyle):
     "After training: Schedule-Free weights go to their average"
     for engine in self.engines(): engine.eval()
 
+# %% ../nbs/optim.ipynb #9d3a1c56
+@patch
+def backend_report(self:TorchStyle) -> Report:
+    "Which parameters ran where in the last step that had any, and why, and what their state is kept in; before the first step what is to be expected"
+    place = {id(p): (i, j) for i,g in enumerate(self.param_groups) for j,p in enumerate(g['params'])}
+    engines = self.engines()
+    reports = [engine.backend_report() for engine in engines]
+    rows = {place[id(e.param_lists[o.group][o.index])]: o for e,r in zip(engines, reports) for o in r}
+    return Report([replace(rows[i, j], group=i, index=j) for i,j in sorted(rows)], '; '.join(dict.fromkeys(r.title for r in reports)))
+
+# %% ../nbs/optim.ipynb #3f0b9e21
+def _about(
+    params, # Parameters, or dicts of groups with options of their own
+    lr, # Learning rate: a number, or a tensor of one element
+    weight_decay, # Weight decay
+    dampening, # How much of each gradient but the first is left out of the average
+    nesterov, # Step along the gradient and its new average?
+    centered, # Divide by the standard deviation, and not by the root of the mean square?
+    amsgrad, # Divide by the root of the largest mean square so far?
+    decoupled_weight_decay, # True weight decay, or L2 regularization?
+    maximize, # Go up, and not down?
+    foreach, # `True`: all parameters together, with `torch._foreach_*`; `False`: one parameter after the other
+    fused, # `True`: one kernel, or an error if there can be none; `False`: no kernel; without either flag a kernel where there can be one
+    capturable, # Has to be off
+    differentiable, # Has to be off
+): "What is told of arguments of `torch.optim`"
+
+def _own_spec(cls):
+    "The entry of the optimizer, or of the one that PyTorch derives it from"
+    specs = {n.lower(): s for n,s in OPTIMIZERS.items()}
+    return next(specs[n] for n in (c.__name__.lower() for c in (cls, *getattr(cls.column.like, '__mro__', ()))) if n in specs)
+
+def help_of(
+    cls:type, # An optimizer of this module
+    what:str, # It is
+) -> str:
+    "What it is, and what its arguments mean"
+    own, about = docments(_own_spec(cls).constructor), {}
+    for n,(k,_) in cls.column.names.items(): about.setdefault(k, []).append(own.get(n))
+    told = {**own, **{k: '; '.join(filter(None, o)) for k,o in about.items()}, **{k: o for k,o in docments(_about).items() if o}}
+    return '\n'.join([what, '', 'Args:', *(f'    {n}: {told[n]}' for n in cls.__signature__.parameters)])
+
+class _Help:
+    "The documentation of a class, put together when somebody asks"
+    def __init__(self, what): self.what = what
+    def __get__(self, opt, cls): return help_of(cls, self.what)
+
 # %% ../nbs/optim.ipynb #4b9e68b1
 def torch_class(
     name:str, # Of the class
@@ -445,7 +494,7 @@ def torch_class(
     params = [*inspect.signature(column.like).parameters.values()] if column.like else [P('params', P.POSITIONAL_OR_KEYWORD), *(P(n, P.POSITIONAL_OR_KEYWORD if i < 2 else P.KEYWORD_ONLY, default=d) for i,(n,d) in enumerate(column.defaults.items()))]
     params += [P(n, P.KEYWORD_ONLY, default=None) for n in WAYS if n not in {p.name for p in params}]
     structure = tuple(p.name for p in params if p.name not in WAYS and (isinstance(p.default, bool) or p.name in STRUCTURE))
-    return type(name, (TorchStyle,), dict(column=column, structure=structure, __signature__=inspect.Signature(params), __doc__=doc, __module__=__name__))
+    return type(name, (TorchStyle,), dict(column=column, structure=structure, __signature__=inspect.Signature(params), __doc__=_Help(doc), __module__=__name__))
 
 _classes = {n: torch_class(n, c, f"`torch.optim.{n}`, in one kernel") for n,c in COLUMNS.items()}
 _classes.update({n: torch_class(n, column_of(s), s.constructor.__doc__) for n,s in OPTIMIZERS.items() if n.lower() not in {c.lower() for c in COLUMNS}})
