@@ -478,6 +478,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastxtend.optim.TorchStyle.hide_state': ('optim.html#torchstyle.hide_state', 'fastxtend/optim.py'),
                                  'fastxtend.optim.TorchStyle.hypers': ('optim.html#torchstyle.hypers', 'fastxtend/optim.py'),
                                  'fastxtend.optim.TorchStyle.kind': ('optim.html#torchstyle.kind', 'fastxtend/optim.py'),
+                                 'fastxtend.optim.TorchStyle.load_state_dict': ( 'optim.html#torchstyle.load_state_dict',
+                                                                                 'fastxtend/optim.py'),
                                  'fastxtend.optim.TorchStyle.make_engine': ('optim.html#torchstyle.make_engine', 'fastxtend/optim.py'),
                                  'fastxtend.optim.TorchStyle.scaling': ('optim.html#torchstyle.scaling', 'fastxtend/optim.py'),
                                  'fastxtend.optim.TorchStyle.show_state': ('optim.html#torchstyle.show_state', 'fastxtend/optim.py'),

@@ -20,6 +20,7 @@ from .optimizer.attach import read_together, unscaling
 from .optimizer.batch import as_number, check_params, describe
 from .optimizer.core import check_k, in_full
 from .optimizer.declare import STORED, backend_of, build
+from .optimizer.formats import EXACT
 from .optimizer.fused import RADAM_SCALARS, adam_step, momentum_step, sgd_step
 from .optimizer.kernels import check_numba
 from .optimizer.nadam import nadam_step
@@ -29,9 +30,9 @@ from .optimizer.steppers import (STEP, Switch, add_momentum, apply, args_of, ave
 from .optimizer.table import OptimizerSpec
 
 # %% auto #0
-__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'STRUCTURE', 'WAYS', 'add_dampened', 'look_ahead',
-           'ascend', 'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column', 'column_of',
-           'renamed', 'TorchStyle', 'help_of', 'torch_class']
+__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'LOST_BITS', 'STRUCTURE', 'WAYS', 'add_dampened',
+           'look_ahead', 'ascend', 'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column',
+           'column_of', 'renamed', 'TorchStyle', 'help_of', 'torch_class']
 
 # %% ../nbs/optim.ipynb #c7de87d0
 def _share(dampening, step): return 1. - dampening if step > 1 else 1.
@@ -168,6 +169,7 @@ def renamed(
 
 # %% ../nbs/optim.ipynb #dba83f73
 REFUSED = 'differentiable', 'capturable' # Options of `torch.optim` that have to be off
+LOST_BITS = EXACT.names('p') # Names in the state of what keeps exact weights
 STRUCTURE = 'momentum', 'dampening' # Numbers for which it matters whether they are zero
 WAYS = 'foreach', 'fused', *STORED # How it steps, and how tensors are kept, which `torch.optim` leaves no choice of
 
@@ -271,7 +273,7 @@ def make_engine(self:TorchStyle,
             if n in column.inner: s.setdefault(n, 1) # not the first step
         if engine.slot_dtype is not None:
             for n in [n for n in engine.own_slots if n in s]: s.update(engine._loaded_slot(p, n, s[n], s))
-    if engine.own_slots or numbers: engine.state = state # else nothing is kept
+    if engine.own_slots or numbers or engine.exact: engine.state = state # else nothing is kept
     if engine.composition().carried: engine.carried = group.setdefault('carried', {})
     return engine
 
@@ -391,9 +393,19 @@ def hide_state(self:TorchStyle):
 def state_dict(self:TorchStyle) -> dict:
     "State and groups, as those of `torch.optim`"
     sd, inner = torch.optim.Optimizer.state_dict(self), self.column.inner
-    def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in in_full(s).items() if n not in inner}
+    def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in {**in_full(s), **{n: s[n] for n in LOST_BITS if n in s}}.items() if n not in inner}
     groups = [{**g, 'carried': {n: float(x) for n,x in g['carried'].items()}} if 'carried' in g else g for g in sd['param_groups']]
     return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items()}, 'param_groups': groups}
+
+@patch
+def load_state_dict(self:TorchStyle,
+    state_dict:dict, # What `state_dict` returned, here or in `torch.optim`
+):
+    "Load what was saved, or raise and change nothing. PyTorch casts state to the dtype of the parameter, so that of exact weights is put back"
+    torch.optim.Optimizer.load_state_dict(self, state_dict)
+    saved = [state_dict['state'].get(i, {}) for g in state_dict['param_groups'] for i in g['params']]
+    for (p,exact),s in zip([(p, g['weights'] == 'exact') for g in self.param_groups for p in g['params']], saved):
+        if exact: self.__dict__['state'][p].update({n: v.to(p.device, copy=True) for n,v in s.items() if torch.is_tensor(v)})
 
 @patch
 def check_state(self:TorchStyle,
@@ -409,7 +421,7 @@ def check_state(self:TorchStyle,
         for p in group['params']:
             s = state.get(p)
             if not s: continue
-            for n in sorted(set(s) - keeps): raise ValueError(f"The saved state is of another optimizer: it has '{n}', which {name}, with the options of its group, does not keep")
+            for n in sorted(set(s) - keeps - set(LOST_BITS if group['weights'] == 'exact' else ())): raise ValueError(f"The saved state is of another optimizer: it has '{n}', which {name}, with the options of its group, does not keep")
             for n in sorted(keeps - set(s) - set(self.column.inner)): raise ValueError(f"The saved state is of another optimizer: it has no '{n}', which {name} keeps")
             for n in slots:
                 if torch.is_tensor(s[n]) and s[n].shape != p.shape: raise ValueError(f"The saved '{n}' of a parameter of {describe(p)} is {describe(s[n])}: is it the state of another model?")

@@ -1,5 +1,5 @@
 "`fastxtend.optim` against `torch.optim`: numbers, checkpoints, and what training loops do to an optimizer"
-import copy, io, pickle, subprocess, sys
+import copy, io, pickle, pydoc, subprocess, sys
 from itertools import product
 
 import pytest, torch
@@ -8,6 +8,7 @@ from fastxtend import optim as ours
 from fastxtend.optim import COLUMNS, WAYS
 from fastxtend.optimizer.declare import STATES
 from torch.optim import lr_scheduler as sched
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 SHAPES = (4, 3), (5,), (1,), (2, 3, 2)
 LISTED = [n for n in ours.__all__ if n not in COLUMNS]
@@ -376,6 +377,57 @@ def test_state_formats(name, state):
     for i in range(2, 4): go_on(opt, ps, i), go_on(loaded, qs, i)
     assert_close(ps, qs, 5e-4 if state == 'int8' else 0) # and with the last bit of a scale, it is another draw of how a number is rounded
     with pytest.raises(ValueError, match='fused=True'): getattr(ours, name)(ps, state=state, foreach=True)
+
+@pytest.mark.parametrize('name', ['AdamW', 'SGD', 'Lion'])
+def test_exact_weights(name, tmp_path):
+    "A training with exact weights that is saved and loaded goes on bit for bit; without the option, the same checkpoint is refused"
+    def go_on(opt, p, start):
+        for i in range(start, start + 3):
+            p.grad = torch.randn(70, 128, generator=torch.Generator().manual_seed(i)).bfloat16()
+            opt.step()
+    p = torch.randn(70, 128, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    opt = getattr(ours, name)([p], weights='exact', lr=1e-3)
+    go_on(opt, p, 1)
+    torch.save(dict(weights=p.detach(), opt=opt.state_dict()), tmp_path/'file')
+    saved = torch.load(tmp_path/'file', weights_only=True)
+    q = saved['weights'].requires_grad_()
+    loaded = getattr(ours, name)([q], weights='exact')
+    loaded.load_state_dict(saved['opt'])
+    for o,x in ((opt, p), (loaded, q)): go_on(o, x, 4)
+    assert set(loaded.state[q]) == set(opt.state[p]) and opt.state[p]['lost_bits'].any()
+    assert_close([q, *loaded.state[q].values()], [p, *(opt.state[p][n] for n in loaded.state[q])], 0)
+    saved['opt']['param_groups'][0]['weights'] = None
+    with pytest.raises(ValueError, match='lost_bits'): loaded.load_state_dict(saved['opt'])
+
+@pytest.mark.parametrize('flags, backend', [({}, 'numba'), (dict(foreach=True), 'foreach'), (dict(foreach=False), 'steppers')])
+def test_report(flags, backend):
+    "Each parameter is told at its place, whatever steps it"
+    ps = parameters()
+    opt = ours.Adam([dict(params=ps[2:]), dict(params=ps[:2], amsgrad=True)], **flags)
+    for when in 'expected', 'last step':
+        report = opt.backend_report()
+        assert when in report.title and [(o.group, o.index, o.numel, o.backend) for o in report] == [(0, 0, 1, backend), (0, 1, 12, backend), (1, 0, 12, backend), (1, 1, 5, backend)]
+        assert 'max_exp_avg_sq' in report[2].state and 'max_exp_avg_sq' not in report[0].state
+        run(opt, ps, 1)
+
+def test_help():
+    "What is told of a class has a line for each argument, and none is empty"
+    for name in ours.__all__:
+        cls = getattr(ours, name)
+        told = dict(l.strip().split(': ', 1) for l in cls.__doc__.partition('Args:\n')[2].splitlines())
+        assert list(told) == list(cls.__signature__.parameters) and all(told.values())
+    assert '(β1)' in pydoc.render_doc(ours.AdamW)
+
+def test_unheard():
+    "PyTorch's wrapper of a step is left out only where nobody listens: it calls the hooks of this optimizer, and those of all"
+    ps = parameters()
+    opt, heard = ours.AdamW(ps), []
+    for register in (opt.register_step_pre_hook, register_optimizer_step_pre_hook, opt.register_step_post_hook, register_optimizer_step_post_hook):
+        run(opt, ps, 1)
+        handle = register(lambda *a: heard.append(register))
+        try: run(opt, ps, 1)
+        finally: handle.remove()
+        assert heard.pop() is register and not heard
 
 def test_runner(tmp_path):
     "The runner of PyTorch's own tests, on a file that begins as PyTorch's does"
