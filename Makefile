@@ -5,6 +5,7 @@ EXTRAS ?= dev,fused,bench
 CONSTRAINTS ?= constraints.txt
 DATA ?=
 JOBS ?= 2
+NOTEBOOKS ?= $(wildcard nbs/*.ipynb)
 
 bin := $(VENV)/bin
 ready := $(VENV)/.ready
@@ -44,8 +45,8 @@ lint: setup ## Mistakes that ruff finds; it leaves the style alone
 types: setup ## Do typical uses pass a type checker (pyright), and are mistakes found?
 	@$(bin)/basedpyright --pythonpath $(bin)/python
 
-nbtest: setup ## Run the notebooks, each in a process of its own
-	@printf '%s\n' nbs/*.ipynb | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/nbdev-test {} --n-workers 0 --do-print
+nbtest: setup ## Run the notebooks, each in a process of its own; NOTEBOOKS=nbs/optim.ipynb chooses
+	@OMP_WAIT_POLICY=passive $(bin)/python .ci/nbtest.py $(JOBS) $(NOTEBOOKS)
 
 pytest: setup ## Run the tests; ARGS="-k adam" chooses
 	OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) $(ARGS)
