@@ -55,6 +55,7 @@ def float_to_bits(typingctx, x):
     return types.uint32(types.float32), codegen
 
 _jit = partial(njit, error_model='numpy', fastmath={'contract'})
+_inner = partial(_jit, no_cpython_wrapper=True, no_cfunc_wrapper=True) # Compiled in half the time, for kernels only: Python cannot call it
 
 @_jit
 def bfloat_to_float(x): return bits_to_float(np.uint32(x) << np.uint32(16))
@@ -312,7 +313,7 @@ def compiled(
     digest = hashlib.sha256((repr(dtypes) + chunk_source(stage, formats, tensors, row) + ''.join(map(_sources, stage.functions.values()))).encode()).hexdigest()[:12]
     name = f"{stage.name}_{'_'.join(dict.fromkeys(dtypes))}_{digest}"
     math = math_in(real)
-    env = {**math, **{n: compile_function(f, math, _jit) for n,f in stage.functions.items()},
+    env = {**math, **{n: compile_function(f, math, _inner) for n,f in stage.functions.items()},
            **{f'{what}_{k}': x for k,f in enumerate(formats) if f for what,x in zip(('load', 'save', 'open', 'close', 'elements'), (*_in(f, real), f.open, f.close, _elements(f.store)))},
            **dict(empty=np.empty, float32=np.float32, carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr, scalars_at=_elements(numba.from_dtype(np.dtype(real))), zero=real(0), __name__=__name__)}
     exec(compile(chunk_source(stage, formats, tensors, row, name), __file__, 'exec'), env)
@@ -331,7 +332,7 @@ def _in(fmt, real):
     "How a tensor is loaded and saved where all is computed in `real`"
     if (fmt.compute == types.float64) == (real is np.float64): return fmt.load, fmt.save
     load, save = fmt.load, fmt.save
-    return _jit(lambda x: real(load(x))), _jit(lambda x: save(np.float32(x)))
+    return _inner(lambda x: real(load(x))), _inner(lambda x: save(np.float32(x)))
 
 # %% ../../nbs/optimizer.cpu.ipynb #95379210
 CHUNK, SERIAL = 2**14, 2**16
