@@ -3,6 +3,7 @@
 Importing fastai takes longer than most notebooks do. So it is imported once, and each notebook gets a copy of this process, which has imported
 nothing of ours. A copy is only as good as new where no threads were started, which on Linux no import does"""
 import os, sys
+from importlib import import_module
 
 def run(notebook):
     "Run `notebook` in a copy of this process; its number"
@@ -20,7 +21,8 @@ def run(notebook):
 
 if __name__ == '__main__':
     from nbdev.test import nbdev_test
-    if sys.platform == 'linux': import fastai.vision.all, fastai.tabular.all
+    if sys.platform == 'linux':
+        for module in ('fastai.vision.all', 'fastai.tabular.all', 'numba'): import_module(module)
     jobs, notebooks = int(sys.argv[1]), sys.argv[:1:-1]
     running, failed = {}, []
     while notebooks or running:
