@@ -309,9 +309,8 @@ def check_together(self:TorchStyle,
 ):
     "Raise whatever one of them would raise in a step. Nothing is changed"
     for engine in engines:
-        planned = engine.ready()
-        if planned:
-            for part in planned[0].parts: part.engine.begin(part, *planned[1:])
+        for plan,batch,seen in engine.ready() or ():
+            for part in plan.parts: part.engine.begin(part, batch, seen)
 
 @patch
 def step(self:TorchStyle,
