@@ -48,9 +48,7 @@ def optimizer_name(
 def _compositions(optimizer):
     "What most steps do, and what a step does in which everything is switched on"
     spec, hypers = OPTIMIZERS[optimizer], hypers_of(optimizer)
-    return spec.composition(**hypers), spec.composition(spec.switches(**hypers), **hypers)
-
-def _moved(composition): return sum(len(s.tensors) for s in composition.stages) + len(composition.step.gives)
+    return spec.compositions(**hypers)[-1], spec.composition(spec.switches(**hypers), **hypers)
 
 def bytes_per_parameter(
     optimizer:str, # Name in `OPTIMIZERS`
@@ -58,8 +56,8 @@ def bytes_per_parameter(
 ) -> float:
     "The fewest bytes a step has to read and write for each element of the parameters"
     usual, every = _compositions(optimizer)
-    moved = _moved(usual)
-    if OPTIMIZERS[optimizer].has_lookahead: moved += (_moved(every) - moved)/hypers_of(optimizer)['k']
+    moved = usual.moved
+    if OPTIMIZERS[optimizer].has_lookahead: moved += (every.moved - moved)/hypers_of(optimizer)['k']
     return moved*itemsize
 
 def tensors_per_parameter(

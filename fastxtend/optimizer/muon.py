@@ -152,7 +152,7 @@ def _adam_rate(lr, adam_lr): return lr*adam_lr
 def adams_rate():
     "The learning rate of what Adam steps"
 
-# %% ../../nbs/optimizer.muon.ipynb #558bec44
+# %% ../../nbs/optimizer.muon.ipynb #2cc01f35
 @optimizer(options=('nesterov', 'ns_steps', 'coefficients', 'scale', 'ns_eps'), flags=dict(do_muon=is_matrix))
 def Muon(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
@@ -180,3 +180,5 @@ def Muon(
     return [decays, when('do_muon', [average_grad, *along, SCALES[scale]], adam), apply]
 
 muon = helper(Muon)
+
+when_imported('fastai.learner', partial(importlib.import_module, 'fastxtend.callback.muon'))

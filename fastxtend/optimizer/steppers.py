@@ -341,6 +341,12 @@ class Composition:
     def together(self): "How many stages there are up to the last that adds up over the model"; return max((i+1 for i,s in enumerate(self.stages) if any(o.over == 'model' for o in s.sums.values())), default=0)
 
     @cached_property
+    def moved(self): "How many numbers a step reads and writes for each element, if each stage is one pass"; return sum(len(s.tensors) + bool(s.whole) for s in self.stages) + len(self.step.gives)
+
+    @cached_property
+    def kernels(self): "The stages that are kernels"; return [s for s in self.stages if s.whole is None]
+
+    @cached_property
     def counters(self): "Name to the value before the first step"; return {f.name: f.start for f in self.early if f.start is not None}
 
     @cached_property

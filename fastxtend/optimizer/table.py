@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
+from itertools import combinations
 
 from torch import Tensor
 
@@ -68,6 +69,12 @@ class OptimizerSpec:
     ) -> Composition:
         "Its steppers, joined"
         return compose(picked(self.steppers(**arguments), frozenset(on)), self.given, self.name, tuple(on))
+
+    def compositions(self,
+        **arguments, # Of the constructor, where they differ from the defaults
+    ) -> list[Composition]:
+        "The same for each combination of flags that a parameter may have"
+        return [self.composition(on, **arguments) for n in range(len(self.flags) + 1) for on in combinations(self.flags, n)]
 
     def slots(self,
         **arguments, # Of the constructor, where they differ from the defaults
