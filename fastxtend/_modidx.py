@@ -1483,6 +1483,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastxtend/optimizer/muon.py'),
                                           'fastxtend.optimizer.muon._plain_step': ( 'optimizer.muon.html#_plain_step',
                                                                                     'fastxtend/optimizer/muon.py'),
+                                          'fastxtend.optimizer.muon._runs': ('optimizer.muon.html#_runs', 'fastxtend/optimizer/muon.py'),
                                           'fastxtend.optimizer.muon._scaled': ( 'optimizer.muon.html#_scaled',
                                                                                 'fastxtend/optimizer/muon.py'),
                                           'fastxtend.optimizer.muon._shape': ('optimizer.muon.html#_shape', 'fastxtend/optimizer/muon.py'),

@@ -160,6 +160,7 @@ class FastOptimizer(Optimizer):
         self.spec, self.decouple_wd, self.options = spec, decouple_wd, {**spec.options, **(options or {})}
         self.arguments = {k: bool(np.any(v)) if k == 'mom' else v for k,v in defaults.items() if k != 'lr'}
         self.carried = {}
+        self.steppers # options that make no sense are refused here
         self.forget()
 
     def set_hyper(self, k, v):

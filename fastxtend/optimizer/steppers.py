@@ -452,15 +452,16 @@ def _lines(uses, names, given, what):
         args = ', '.join(n if isinstance(n, str) else f'{a}={n!r}' for a,n in u.takes)
         if u.f.declares.whole:
             floor = 1 + max([deep, floor, *(level[n] for n,o in names.items() if isinstance(o, Summed) and n in level)])
-            lines += _whole_lines(u, called[u.f], names, takes, floor, what)
+            tensors = {'p', 'g', *slots, *(n for l in lines if l.f for n in l.gives)}
+            lines += _whole_lines(u, called[u.f], names, takes, tensors, floor, what)
             level[u.gives[0]] = floor = floor + 1
         else: lines.append(Line(u.gives, takes, f'{called[u.f]}({args})', u.f))
     return lines, level
 
-def _whole_lines(use, called, names, takes, at, what):
+def _whole_lines(use, called, names, takes, tensors, at, what):
     "What the tensors hold before a function of whole tensors overwrites them, and its call"
     slot = names.get(use.gives[0])
-    if not (isinstance(slot, Slot) and slot.lent and len(use.gives) == len(takes) == 1) or isinstance(names.get(takes[0]), (Fold, Summed, Carried)):
+    if not (isinstance(slot, Slot) and slot.lent and len(use.gives) == len(takes) == 1 and takes[0] in tensors):
         raise CompositionError(f"{what}: `{use.f.__name__}` works on whole tensors: it takes one tensor and options, and gives one, which is declared as a lent slot")
     options = {a: n for a,n in use.takes if not isinstance(n, str)}
     shown = f"{called}({', '.join([use.gives[0], *(f'{a}={n!r}' for a,n in options.items())])})"
