@@ -1,7 +1,7 @@
 """Muon against Adam, each with the best of some learning rates, on two small trainings: handwritten digits with a ViT, and the text of Python modules
 with a character model. `python examples/muon.py tune` tries rates on one seed, `python examples/muon.py` trains on three others with the best of each
 and writes benchmarks/muon_training.csv, .md and .png."""
-import argparse, csv, importlib.util, platform, sys, warnings
+import argparse, csv, importlib.util, platform, warnings
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
