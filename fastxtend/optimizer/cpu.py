@@ -438,7 +438,7 @@ class Prepared(Tables):
         composition, codecs = batch.composition, codecs_of({n: DTYPES[d] for n,d in zip(batch.named(), seen.dtypes[idxs[0]].tolist())})
         self.real = real_of(codecs)
         self.late = {stage: tuple(n for n in stage.scalars if n not in composition.row) for stage in composition.stages} # in a row, after the others
-        self.functions = {stage: compiled(stage, codecs, tuple(batch.named()), composition.row + late).address for stage,late in self.late.items()}
+        self.functions = {stage: compiled(stage, codecs, tuple(batch.named()), composition.row + late).address for stage,late in self.late.items() if stage.whole is None}
 
 class NumbaWork(HostWork):
     "Parameters of one combination of dtypes, in one step"
