@@ -50,7 +50,7 @@ def optimizer_name(
 def _compositions(optimizer):
     "What most steps do, and what a step does in which everything is switched on"
     spec, hypers = OPTIMIZERS[optimizer], hypers_of(optimizer)
-    return spec.composition(**hypers), spec.composition(spec.switches(**hypers), **hypers)
+    return spec.compositions(**hypers)[-1], spec.composition(spec.switches(**hypers), **hypers)
 
 def _sizes(optimizer, dtype, formats):
     "Bytes that an element takes in `p`, `g` and each slot"
@@ -67,7 +67,7 @@ def bytes_per_parameter(
 ) -> float:
     "The fewest bytes a step has to read and write for each element of the parameters"
     (usual, every), sizes = _compositions(optimizer), _sizes(optimizer, dtype, formats) if formats else {}
-    def moved(composition): return sum(sizes.get(n, dtype.itemsize) for tensors in (*(s.tensors for s in composition.stages), composition.step.gives) for n in tensors)
+    def moved(composition): return sum(sizes.get(n, dtype.itemsize) for n in composition.moved)
     more = (moved(every) - moved(usual))/hypers_of(optimizer)['k'] if OPTIMIZERS[optimizer].has_lookahead else 0
     return moved(usual) + more
 

@@ -24,7 +24,7 @@ from .probe import DTYPES, Probe
 from .steppers import Stage, called_by, compile_function, with_numbers_in
 
 # %% auto #0
-__all__ = ['CODECS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'jit_for',
+__all__ = ['CODECS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'told_apart',
            'bfloat_to_float', 'float_to_bfloat', 'float_to_either', 'same', 'Codec', 'open_exact', 'close_exact',
            'root_codec', 'codecs_of', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables',
            'NumbaEngine', 'engine', 'Prepared', 'NumbaWork']
@@ -55,20 +55,20 @@ def float_to_bits(typingctx, x):
     return types.uint32(types.float32), codegen
 
 _jit = partial(njit, error_model='numpy', fastmath={'contract'})
+_inner = partial(_jit, no_cpython_wrapper=True, no_cfunc_wrapper=True) # for what is called from compiled code only: it compiles in half the time
 
-def jit_for(
-    what, # What tells a function apart from others of its name
+def told_apart(
+    f:Callable, # A function that is made more than once
+    what, # What tells it apart from others of its name
 ) -> Callable:
-    "Decorates a function that is made more than once. Machine code that comes from Numba's cache is found by name and types of arguments: it has to have a name of its own"
-    def decorate(f):
-        f.__qualname__ += f'_{what}'
-        return _jit(f)
-    return decorate
+    "`f` by a name of its own: machine code from Numba's cache is found by name and types of arguments, in the cache and when it is linked"
+    f.__qualname__ += f'_{what}'
+    return f
 
-@_jit
+@_inner
 def bfloat_to_float(x): return bits_to_float(np.uint32(x) << np.uint32(16))
 
-@_jit
+@_inner
 def float_to_bfloat(x):
     bits = float_to_bits(x)
     rounded = (bits + np.uint32(0x7fff) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -76,12 +76,12 @@ def float_to_bfloat(x):
 
 _mix_1, _mix_2 = np.uint32(MIX_1), np.uint32(MIX_2)
 
-@_jit
+@_inner
 def _mixed(x):
     x = np.uint32(x*_mix_1)
     return np.uint32(np.uint32(x ^ (x >> np.uint32(15)))*_mix_2)
 
-@_jit
+@_inner
 def float_to_either(x, p):
     "One of the neighbours, by chance"
     bits = float_to_bits(x)
@@ -89,7 +89,7 @@ def float_to_either(x, p):
     rounded = np.uint32(bits + chance) >> np.uint32(16)
     return np.uint16(np.uint32(0x7fc0) if x != x else rounded)
 
-@_jit
+@_inner
 def same(x): return x
 
 # %% ../../nbs/optimizer.cpu.ipynb #f7fcbbbe
@@ -120,7 +120,7 @@ CODECS[formats.CHANCE] = replace(CODECS[torch.bfloat16], save=float_to_either, c
 _half, _no_bits, _nan_bits = np.uint32(16), np.uint32(0), np.uint32(0x7fc00000)
 _places = np.arange(BLOCK, dtype=np.uint32) << _half # A table: computed in the loop, they would be numbers of 64 bits
 
-@_jit
+@_inner
 def _stamp(upper):
     "The stamp of a block"
     total = np.uint32(0)
@@ -128,15 +128,15 @@ def _stamp(upper):
         total = np.uint32(total + _mixed(np.uint32(_places[i] | np.uint32(upper[i]))))
     return total
 
-@_jit
+@_inner
 def _join(out, upper, lost):
     for i in range(len(out)): out[i] = bits_to_float(np.uint32(np.uint32(np.uint32(upper[i]) << _half) + np.uint32(np.int32(lost[i]))))
 
-@_jit
+@_inner
 def _widen(out, upper):
     for i in range(len(out)): out[i] = bfloat_to_float(upper[i])
 
-@_jit
+@_inner
 def _split(x, upper, lost):
     for i in range(len(x)):
         bits = _nan_bits if x[i] != x[i] else float_to_bits(x[i])
@@ -145,7 +145,7 @@ def _split(x, upper, lost):
 
 _u16_ptr, _i16_ptr, _u32_ptr, _f32_ptr = map(pointer_to, (types.uint16, types.int16, types.uint32, types.float32))
 
-@_jit
+@_inner
 def _exact_at(upper_at, lost_at, stamps_at, start, n):
     return carray(_u16_ptr(upper_at + 2*start), n), carray(_i16_ptr(lost_at + 2*start), n), carray(_u32_ptr(stamps_at + 4*(start//BLOCK)), -(-n//BLOCK))
 
@@ -165,10 +165,10 @@ def close_exact(x, upper_at, lost_at, stamps_at, start, n):
     _split(x[:n], upper, lost)
     for b in range(len(stamps)): stamps[b] = _stamp(upper[b*BLOCK:min(n, (b + 1)*BLOCK)])
 
-@_jit
+@_inner
 def _size(x): return bits_to_float(np.uint32(float_to_bits(x) & np.uint32(0x7fffffff)))
 
-@_jit
+@_inner
 def _greatest(x):
     "The greatest size in a block. Sizes are in the order of their bits, with NaN at the top"
     most = np.uint32(0)
@@ -177,7 +177,7 @@ def _greatest(x):
         most = bits if bits > most else most
     return bits_to_float(most)
 
-@_jit
+@_inner
 def _chance(x): return np.float32(np.int32(np.uint32(float_to_bits(x)*_mix_1)))*np.float32(2.**-31)
 
 def root_codec(
@@ -185,18 +185,19 @@ def root_codec(
 ) -> Codec:
     "Eight bits of the root of an element's share of the greatest in its block"
     signed, top = dtype == torch.int8, top_of(dtype)
-    ptr, store, code = pointer_to(types.int8 if signed else types.uint8), *((np.int8, np.int32) if signed else (np.uint8, np.uint32))
-    jit = jit_for(dtype)
+    ptr, own = pointer_to(types.int8 if signed else types.uint8), partial(told_apart, what=dtype)
     unit, smallest, most, least = np.float32(1/top**2), np.float32(SMALLEST), np.float32(most_of(dtype)), np.float32(least_of(dtype))
     to_whole, quarter, zero = np.float32(2**23 - .5), np.float32(.25), np.float32(0)
 
-    @jit
+    @_inner
+    @own
     def decode(out, codes, scale):
         for i in range(len(out)):
             c = np.float32(codes[i])
             out[i] = c*_size(c)*scale
 
-    @jit
+    @_inner
+    @own
     def encode(x, codes, share):
         for i in range(len(x)):
             s = _size(x[i])*share
@@ -208,17 +209,20 @@ def root_codec(
             if signed: codes[i] = np.int8(np.uint32(_no_bits - c) if x[i] < zero else c)
             else: codes[i] = np.uint8(c if x[i] > zero else _no_bits)
 
-    @jit
+    @_inner
+    @own
     def root_at(at, scales_at, start, n): return carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
 
-    @jit
+    @_jit
+    @own
     def open_root(out, at, scales_at, start, n):
         codes, scales = root_at(at, scales_at, start, n)
         for b in range(len(scales)):
             i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
             decode(out[i:j], codes[i:j], scales[b]*unit)
 
-    @jit
+    @_jit
+    @own
     def close_root(x, at, scales_at, start, n):
         codes, scales = root_at(at, scales_at, start, n)
         for b in range(len(scales)):
@@ -328,7 +332,7 @@ def math_in(
         sign=lambda x: real(1) if x > 0 else real(-1) if x < 0 else real(0),
         minimum=lambda a, b: a if a != a or a < b else b,
         maximum=lambda a, b: a if a != a or a > b else b)
-    return dict(sqrt=math.sqrt, exp=math.exp, log=math.log, abs=abs, **{n: jit_for(f'{n}_{real.__name__}')(f) for n,f in own.items()})
+    return dict(sqrt=math.sqrt, exp=math.exp, log=math.log, abs=abs, **{n: _inner(told_apart(f, f'{n}_{real.__name__}')) for n,f in own.items()})
 
 def _sources(f):
     "Bytecode and constants of a stepper and all it calls"
@@ -349,7 +353,7 @@ def compiled(
     digest = hashlib.sha256((repr(dtypes) + chunk_source(stage, codecs, tensors, row) + ''.join(map(_sources, stage.functions.values()))).encode()).hexdigest()[:12]
     name = f"{stage.name}_{'_'.join(dict.fromkeys(dtypes))}_{digest}"
     math = math_in(real)
-    env = {**math, **{n: compile_function(f, math, _jit) for n,f in stage.functions.items()},
+    env = {**math, **{n: compile_function(f, math, _inner) for n,f in stage.functions.items()},
            **{f'{what}_{k}': x for k,f in enumerate(codecs) if f for what,x in zip(('load', 'save', 'open', 'close', 'elements'), (*_in(f, real), f.open, f.close, _elements(f.store)))},
            **dict(empty=np.empty, float32=np.float32, carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr, scalars_at=_elements(numba.from_dtype(np.dtype(real))), zero=real(0), __name__=__name__)}
     exec(compile(chunk_source(stage, codecs, tensors, row, name), __file__, 'exec'), env)
@@ -368,30 +372,31 @@ def _in(fmt, real):
     "How a tensor is loaded and saved where all is computed in `real`"
     if (fmt.compute == types.float64) == (real is np.float64): return fmt.load, fmt.save
     load, save = fmt.load, fmt.save
-    what = f'{fmt.dtype}_{fmt.store}_{fmt.chance}'
-    return jit_for(f'load_{what}')(lambda x: real(load(x))), jit_for(f'save_{what}')((lambda x, p: save(np.float32(x), np.float32(p))) if fmt.chance else lambda x: save(np.float32(x)))
+    own = partial(told_apart, what=f'{fmt.dtype}_{fmt.store}_{fmt.chance}')
+    def load_as(x): return real(load(x))
+    def save_as(x): return save(np.float32(x))
+    def save_with(x, p): return save(np.float32(x), np.float32(p))
+    return _inner(own(load_as)), _inner(own(save_with if fmt.chance else save_as))
 
 # %% ../../nbs/optimizer.cpu.ipynb #95379210
 CHUNK, SERIAL = 2**14, 2**16
 
 _call_chunk = c_function(types.void, 5)
 
-def _drive(fn, table, first, chunks, rows, row_ids, out):
-    table_row, row_size, out_size = table.shape[1]*8, rows.shape[1]*rows.itemsize, out.shape[1]*8
-    for c in prange(len(chunks)):
-        t = chunks[c, 0]
-        _call_chunk(fn, table.ctypes.data + t*table_row + first, chunks[c, 1], chunks[c, 2], rows.ctypes.data + row_ids[t]*row_size, out.ctypes.data + c*out_size)
+def _drive(fn, tensors, size, chunks, n_chunks, rows, row_size, row_ids, out, out_size):
+    for c in prange(n_chunks):
+        chunk = i64_ptr(chunks + 24*c)
+        t = chunk[0]
+        _call_chunk(fn, tensors + t*size, chunk[1], chunk[2], rows + i64_ptr(row_ids)[t]*row_size, out + c*out_size)
 
 @lru_cache(None)
 def driver(
     parallel:bool, # On all threads, or on one?
-    dtype:np.dtype, # Of the scalars
-) -> Callable:
+) -> Callable: # All that it takes is known by its address
     "The compiled `_drive`"
-    sig = types.void(i64, i64[:,::1], i64, i64[:,::1], numba.from_dtype(dtype)[:,::1], i64[::1], types.float64[:,::1])
     drive = type(_drive)(_drive.__code__, globals(), '_drive')
     drive.__qualname__ = f'_drive_{"parallel" if parallel else "serial"}'  # Numba's cache tells functions apart by name, and not by options
-    return with_cache(lambda cache: njit(sig, cache=cache, parallel=parallel, nogil=True, error_model='numpy')(drive))
+    return with_cache(lambda cache: njit(types.void(*[i64]*10), cache=cache, parallel=parallel, nogil=True, error_model='numpy')(drive))
 
 _forked = False
 def _after_fork():
@@ -410,13 +415,13 @@ def drive(
     out:np.ndarray=_nothing, # Where a stage leaves its sums: (chunks, sums) of float64
 ):
     "Call `fn` for all chunks, on as many threads as PyTorch uses"
-    args = fn, seen.table, (seen.table.shape[1] - seen.n_tensors)*8, tables.chunks, rows, row_ids, out
+    args = fn, seen.addresses.ctypes.data, seen.table.strides[0], tables.chunks.ctypes.data, len(tables.chunks), rows.ctypes.data, rows.strides[0], row_ids.ctypes.data, out.ctypes.data, out.strides[0]
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if tables.total < SERIAL or threads == 1 or _forked: return driver(False, rows.dtype)(*args)
+    if tables.total < SERIAL or threads == 1 or _forked: return driver(False)(*args)
     with _lock:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
-        try: driver(True, rows.dtype)(*args)
+        try: driver(True)(*args)
         finally: numba.set_num_threads(before)
 
 class Tables:
@@ -449,7 +454,7 @@ class Prepared(Tables):
         composition, codecs = batch.composition, codecs_of({n: DTYPES[d] for n,d in zip(batch.named(), seen.dtypes[idxs[0]].tolist())})
         self.real = real_of(codecs)
         self.late = {stage: tuple(n for n in stage.scalars if n not in composition.row) for stage in composition.stages} # in a row, after the others
-        self.functions = {stage: compiled(stage, codecs, tuple(batch.named()), composition.row + late).address for stage,late in self.late.items()}
+        self.functions = {stage: compiled(stage, codecs, tuple(batch.named()), composition.row + late).address for stage,late in self.late.items() if stage.whole is None}
 
 class NumbaWork(HostWork):
     "Parameters of one combination of dtypes, in one step"
@@ -466,7 +471,7 @@ class NumbaWork(HostWork):
         if stage.late or late: # each parameter has a row of its own
             fold_late(stage, self.known)
             n = rows.shape[1]
-            rows, row_ids = np.empty((len(row_ids), n + len(late)), prepared.real), np.arange(len(row_ids))
+            rows, row_ids = np.empty((len(row_ids), n + len(late)), prepared.real), np.arange(len(row_ids), dtype=np.int64)
             rows[:, :n] = self.rows[self.ids]
             for k,name in enumerate(late, n): rows[:, k] = self.known[name]
         out = np.empty((len(prepared.chunks), len(stage.sums))) if stage.sums else _nothing

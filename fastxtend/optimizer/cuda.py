@@ -70,7 +70,7 @@ def triton_stage(
 ) -> tuple: # The function, how many tensors it takes
     "A stage as a function of tensors, scalars of the row, and what follows from sums"
     stage, tensors = composition.stages[at], ('p', 'g', *composition.slots)
-    n_read = 1 + max(map(tensors.index, stage.tensors))
+    n_read = 1 + max(map(tensors.index, stage.tensors)) if stage.sums else len(tensors)
     gives = stage.gives if stage.sums else ('p', *composition.slots)
     late = tuple(f.name for f in stage.late)
     stage = replace(stage, tensors=tensors[:n_read], scalars=(*composition.row, *composition.carried, *late), gives=gives)
@@ -94,7 +94,7 @@ def sums_before(
     at:int, # Position of a stage
 ) -> tuple[str, ...]:
     "Names of the sums that are known when a stage begins, in the order in which they are kept"
-    return tuple(n for s in composition.stages[:at] for n in s.gives)
+    return tuple(n for s in composition.stages[:at] for n in s.sums)
 
 # %% ../../nbs/optimizer.cuda.ipynb #fbfac86a
 @triton.jit
@@ -243,8 +243,9 @@ def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, wr
     mask = _inside(at, size, BLOCK) if masked else None
     pointers = _pointers(param, at, n, dtypes, BLOCK, masked)
     new = stage(*_load_block(param, at, size, pointers, mask, n, compute, beside, BLOCK, masked), *scalars)
-    if beside[0]: _close_exact(param, at, size, pointers[0], mask, new[0], beside[0], BLOCK, masked)
-    else: tl.store(pointers[0], new[0].to(dtypes[0]), mask=mask)
+    if writes & 1:
+        if beside[0]: _close_exact(param, at, size, pointers[0], mask, new[0], beside[0], BLOCK, masked)
+        else: tl.store(pointers[0], new[0].to(dtypes[0]), mask=mask)
     for i in tl.static_range(2, n):
         if (writes >> i) & 1:
             if beside[i]: _close_root(param, at, size, pointers[i], mask, new[i-1], dtypes[i] == tl.int8, beside[i], BLOCK, masked)
@@ -316,7 +317,7 @@ def step_kernel(
     if late is None: _step_either(param, start, size, aligned, scalars, stage, n_own_tensors, writes, dtypes, compute, beside, chance, BLOCK, clear)
     else:
         values = late(*_sums(partials, totals, first, tl.cdiv(size, length), tl.num_programs(0), n_sums, models, MOST), *scalars)
-        if n_carried: _carry(carried + n_carried, values, carry, n_carried)
+        if len(carry) > 0: _carry(carried + n_carried, values, carry, n_carried)
         if keep:
             if tl.program_id(0) == first: _keep(kept, tl.load(param + n_tensors + 4), values, keep)
         scalars = scalars + values
@@ -473,7 +474,8 @@ def constants(
                   BLOCK=of.block, MOST=MOST)
     if stage.sums: return dict(common, n_read=n_read, n_own=len(stage.gives))
     late = [f.name for f in stage.late]
-    return dict(common, carry=tuple(late.index(c.of) for c in composition.carried.values()), keep=_bits(f.keep for f in stage.late),
+    last = stage is composition.step
+    return dict(common, carry=tuple(late.index(c.of) for c in composition.carried.values() if last), keep=_bits(f.keep and last for f in stage.late),
                 writes=_bits(n in stage.gives for n in ('p', 'g', *composition.slots)), chance=_bits(fmt is CHANCE for fmt in formats_in(composition, dtypes, others).values()), clear=stage.clears, n_own_tensors=n_own_tensors)
 
 # %% ../../nbs/optimizer.cuda.ipynb #2f20148a
@@ -603,7 +605,7 @@ class TritonWork(Work):
         of = precision_of(dtypes)
         new = tables.owners is None
         if new and tables.capturing: raise RuntimeError("A step can be captured in a CUDA graph only after at least one step that was not captured")
-        self.constants = {s: constants(composition, at, dtypes, tuple(batch.beside)) for at,s in enumerate(composition.stages)}
+        self.constants = {s: constants(composition, at, dtypes, tuple(batch.beside)) for at,s in enumerate(composition.stages) if s.whole is None}
         with self.on_device():
             tables.cut(of, dtypes[0], composition)
             tables.bring(batch.carry())
@@ -625,12 +627,14 @@ class TritonWork(Work):
     def compile(self):
         "Everything that will be launched: if something cannot be compiled here, nothing has been changed yet"
         with self.on_device():
-            for kernel,_,args,given in map(self.call, self.batch.composition.stages):
+            for kernel,_,args,given in map(self.call, self.constants):
                 getattr(kernel.warmup(*args, grid=(1,), **given), 'run', None) # makes the launcher
 
     def run(self, stage):
         kernel, grid, args, given = self.call(stage)
         with self.on_device(): kernel[grid](*args, **given)
+
+    def stepped(self): return self.idxs.tolist()
 
     def place(self, name): return sums_before(self.batch.composition, len(self.batch.composition.stages)).index(name)
     def total(self, name): return self.tables.totals[self.place(name)].sum()
