@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 
 import torch
 from fastcore.basics import patch
@@ -18,7 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from .optimizer.all import OPTIMIZERS
 from .optimizer.attach import read_together, unscaling
 from .optimizer.batch import as_number, check_params, describe
-from .optimizer.core import check_k, in_full
+from .optimizer.core import check_k, flags_on, in_full
 from .optimizer.declare import STORED, backend_of, build
 from .optimizer.formats import EXACT
 from .optimizer.fused import RADAM_SCALARS, adam_step, momentum_step, sgd_step
@@ -27,10 +27,11 @@ from .optimizer.nadam import nadam_step
 from .optimizer.report import Report
 from .optimizer.steppers import (STEP, Switch, add_momentum, apply, args_of, average_grad, average_sqr_grad, decay, folded, l2_reg, maximum,
                                           slot, sqrt, stepper, unwrapped, where)
-from .optimizer.table import OptimizerSpec
+from .optimizer.muon import COEFFICIENTS
+from .optimizer.table import OptimizerSpec, own_slots
 
 # %% auto #0
-__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'REFUSED', 'LOST_BITS', 'STRUCTURE', 'WAYS', 'add_dampened',
+__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'OTHERS', 'REFUSED', 'LOST_BITS', 'STRUCTURE', 'WAYS', 'add_dampened',
            'look_ahead', 'ascend', 'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column',
            'column_of', 'renamed', 'TorchStyle', 'help_of', 'torch_class']
 
@@ -95,6 +96,8 @@ class Column:
     constants:dict=field(default_factory=dict) # Hyperparameters that are no arguments
     check:Callable=None # As of `OptimizerSpec`
     inner:tuple=() # Names of counters that PyTorch does without, and does not save
+    options:tuple=() # Names of options, beside flags, that decide what a step consists of
+    flags:Callable=lambda o: {} # From the options of a group to the `flags` of an `OptimizerSpec`
 
 BETAS = {'mom': ('betas', 0), 'sqr_mom': ('betas', 1)}
 COMMON = {'lr': ('lr', None), 'wd': ('weight_decay', None)}
@@ -127,6 +130,23 @@ COLUMNS = dict(
     RAdam=Column({**COMMON, **EPS, **BETAS}, _radam, AVERAGES, _t.RAdam, constants=dict(beta=0.)))
 
 # %% ../nbs/optim.ipynb #f7f62950
+def _muon(o):
+    "Momentum and averages under the names that `torch.optim.Muon` and `AdamW` have for them"
+    own = dict(ns_steps=o['ns_steps'], coefficients=o['ns_coefficients'], scale=o['adjust_lr_fn'] or 'original', ns_eps=o['eps'], nesterov=o['nesterov'])
+    steppers = OPTIMIZERS['Muon'].steppers(decouple_wd=o['decoupled_weight_decay'], **own)
+    return [Switch(s.name, *([renamed(p, names) for p in ps] for ps,names in ((s.on, dict(grad_avg='momentum_buffer')), (s.off, AVERAGES)))) if isinstance(s, Switch) else s for s in steppers]
+
+def _use_muon(o):
+    "The rule of Muon, unless a group says which way its parameters go"
+    return OPTIMIZERS['Muon'].flags if o.get('use_muon') is None else dict(do_muon=lambda p: o['use_muon'])
+
+def _muon_column(spec):
+    own = spec.defaults
+    names = {**COMMON, 'mom': ('momentum', None), 'adam_lr': ('adam_lr', None), 'adam_mom': ('adam_betas', 0), 'adam_sqr_mom': ('adam_betas', 1), 'adam_eps': ('adam_eps', None)}
+    defaults = dict(lr=1e-3, weight_decay=own['wd'], momentum=own['mom'], nesterov=own['nesterov'], ns_coefficients=COEFFICIENTS['standard'][0], eps=own['ns_eps'], ns_steps=own['ns_steps'],
+                    adjust_lr_fn=None, use_muon=None, adam_lr=own['adam_lr'], adam_betas=(own['adam_mom'], own['adam_sqr_mom']), adam_eps=own['adam_eps'], decoupled_weight_decay=True, maximize=False)
+    return Column(names, _muon, {}, None, defaults, options=('ns_coefficients', 'eps', 'ns_steps', 'adjust_lr_fn', 'use_muon'), flags=_use_muon)
+
 def _steppers_of(spec):
     def steppers(o):
         given = {n: bool(o[n]) for n in spec.defaults if isinstance(spec.defaults[n], bool)}
@@ -153,6 +173,8 @@ def column_of(
     names.update({n: (n, None) for n in own})
     defaults = dict(lr=spec.lr or 1e-3, **first, **own, weight_decay=wd, decoupled_weight_decay=True, maximize=False)
     return Column(names, _steppers_of(spec), AVERAGES, None, defaults, {n: spec.hypers[n] for n in spec.hidden}, spec.check)
+
+OTHERS = dict(Muon=_muon_column(OPTIMIZERS['Muon'])) # What is called as in a `torch.optim` newer than the oldest that will do
 
 # %% ../nbs/optim.ipynb #f2c16d25
 def renamed(
@@ -246,7 +268,9 @@ def backend(self:TorchStyle,
     return 'fused'
 
 @patch
-def kind(self:TorchStyle, group): return *map(group.get, WAYS), *map(bool, map(group.get, self.structure))
+def kind(self:TorchStyle, group): return *map(group.get, WAYS), *map(bool, map(group.get, self.structure)), *[_as_tuple(group.get(n)) for n in self.column.options]
+
+def _as_tuple(x): return tuple(x) if isinstance(x, list) else x
 
 @patch
 def spec(self:TorchStyle,
@@ -255,7 +279,7 @@ def spec(self:TorchStyle,
     "What a step of it consists of"
     column, hypers = self.column, self.hypers(group)
     steppers = [renamed(s, column.slots) for s in (*([ascend] if group.get('maximize') else []), *column.steppers(group))]
-    return OptimizerSpec(type(self).__name__, lambda **_: steppers, {n: v for n,v in hypers.items() if n != 'lr'}, {}, check=column.check)
+    return OptimizerSpec(type(self).__name__, lambda **_: steppers, {n: v for n,v in hypers.items() if n != 'lr'}, {}, check=column.check, flags=column.flags(group))
 
 @patch
 def make_engine(self:TorchStyle,
@@ -266,7 +290,7 @@ def make_engine(self:TorchStyle,
     params = [p for ps in lists for p in ps]
     if group.get('fused') and any(p.is_meta and p.grad is not None for p in params): raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of a device with memory, and some are on `meta`")
     engine = build(self.spec(group), lists, decouple_wd=True, backend=self.backend(group, params), **{n: group.get(n) for n in STORED}, **self.hypers(group))
-    state, numbers = self.__dict__['state'], _numbers(engine.composition())
+    state, numbers = self.__dict__['state'], {n: kind for c in engine.compositions() for n,kind in _numbers(c).items()}
     self._numbers.update(numbers)
     for s,p in [(state[p], p) for p in params if state.get(p)]:
         for n in numbers:
@@ -274,7 +298,7 @@ def make_engine(self:TorchStyle,
         if engine.slot_dtype is not None:
             for n in [n for n in engine.own_slots if n in s]: s.update(engine._loaded_slot(p, n, s[n], s))
     if engine.own_slots or numbers or engine.exact: engine.state = state # else nothing is kept
-    if engine.composition().carried: engine.carried = group.setdefault('carried', {})
+    if any(c.carried for c in engine.compositions()): engine.carried = group.setdefault('carried', {})
     return engine
 
 @patch
@@ -315,9 +339,8 @@ def check_together(self:TorchStyle,
 ):
     "Raise whatever one of them would raise in a step. Nothing is changed"
     for engine in engines:
-        planned = engine.ready()
-        if planned:
-            for part in planned[0].parts: part.engine.begin(part, *planned[1:])
+        for plan,batch,seen in engine.ready() or ():
+            for part in plan.parts: part.engine.begin(part, batch, seen)
 
 @patch
 def step(self:TorchStyle,
@@ -364,6 +387,11 @@ def _patch_step_function(self:TorchStyle):
 def _numbers(composition):
     "What is a number in the state of a parameter, and of which type"
     return {**{n: type(v) for n,v in composition.counters.items()}, **{n: float for n in composition.kept}}
+
+def _kept(spec, on):
+    "Names of the slots of a parameter for which the flags `on` are, and of all that is in its state"
+    slots = tuple(own_slots(spec.steppers(), tuple(spec.flags), on))
+    return slots, {*slots, *_numbers(spec.composition(on))}
 
 def _state_dicts(state): return [s for s in state.values() if isinstance(s, dict)]
 
@@ -416,11 +444,11 @@ def check_state(self:TorchStyle,
     for group in groups:
         self.check_group(group)
         spec = self.spec(group)
-        slots, numbers, name = spec.slots(), _numbers(spec.composition()), type(self).__name__
-        keeps = {*slots, *numbers}
+        kept, name = lru_cache(None)(partial(_kept, spec)), type(self).__name__
         for p in group['params']:
             s = state.get(p)
             if not s: continue
+            slots, keeps = kept(flags_on(spec.flags, p, {}))
             for n in sorted(set(s) - keeps - set(LOST_BITS if group['weights'] == 'exact' else ())): raise ValueError(f"The saved state is of another optimizer: it has '{n}', which {name}, with the options of its group, does not keep")
             for n in sorted(keeps - set(s) - set(self.column.inner)): raise ValueError(f"The saved state is of another optimizer: it has no '{n}', which {name} keeps")
             for n in slots:
@@ -435,7 +463,8 @@ def __setstate__(self:TorchStyle, state):
     if 'defaults' not in state: self.check_state(state['state'], state['param_groups']) # `load_state_dict` calls
     torch.optim.Optimizer.__setstate__(self, state)
     self._engines, self._numbers, self._shown = {}, {}, True
-    for g in self.param_groups: self._numbers.update(_numbers(self.spec(g).composition()))
+    for g in self.param_groups:
+        for c in self.spec(g).compositions(): self._numbers.update(_numbers(c))
 
 # %% ../nbs/optim.ipynb #d4c0ffee
 @patch
@@ -505,11 +534,11 @@ def torch_class(
     P = inspect.Parameter
     params = [*inspect.signature(column.like).parameters.values()] if column.like else [P('params', P.POSITIONAL_OR_KEYWORD), *(P(n, P.POSITIONAL_OR_KEYWORD if i < 2 else P.KEYWORD_ONLY, default=d) for i,(n,d) in enumerate(column.defaults.items()))]
     params += [P(n, P.KEYWORD_ONLY, default=None) for n in WAYS if n not in {p.name for p in params}]
-    structure = tuple(p.name for p in params if p.name not in WAYS and (isinstance(p.default, bool) or p.name in STRUCTURE))
+    structure = tuple(p.name for p in params if p.name not in (*WAYS, *column.options) and (isinstance(p.default, bool) or p.name in STRUCTURE))
     return type(name, (TorchStyle,), dict(column=column, structure=structure, __signature__=inspect.Signature(params), __doc__=_Help(doc), __module__=__name__))
 
 _classes = {n: torch_class(n, c, f"`torch.optim.{n}`, in one kernel") for n,c in COLUMNS.items()}
-_classes.update({n: torch_class(n, column_of(s), s.constructor.__doc__) for n,s in OPTIMIZERS.items() if n.lower() not in {c.lower() for c in COLUMNS}})
+_classes.update({n: torch_class(n, OTHERS.get(n) or column_of(s), s.constructor.__doc__) for n,s in OPTIMIZERS.items() if n.lower() not in {c.lower() for c in COLUMNS}})
 globals().update(_classes)
 
 # %% ../nbs/optim.ipynb #19c3b562

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from typing import Any
 
-__all__ = ['SGD', 'RMSprop', 'Adam', 'AdamW', 'NAdam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'Ranger', 'AdaBelief', 'Adan', 'AdEMAMix', 'ADOPT', 'LaProp', 'Lion', 'MARS', 'Prodigy', 'ScheduleFreeAdam', 'ScheduleFreeSGD', 'StableAdam']
+__all__ = ['SGD', 'RMSprop', 'Adam', 'AdamW', 'NAdam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'Ranger', 'AdaBelief', 'Adan', 'AdEMAMix', 'ADOPT', 'LaProp', 'Lion', 'MARS', 'ScheduleFreeAdam', 'ScheduleFreeSGD', 'Muon', 'Prodigy', 'StableAdam']
 
 class SGD(TorchStyle):
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]], lr: float | Tensor = 0.001, momentum: float = 0, dampening: float = 0, weight_decay: float | Tensor = 0, nesterov: bool = False, *, maximize: bool = False, foreach: bool | None = None, differentiable: bool = False, fused: bool | None = None, state: bool | None = None, weights: bool | None = None) -> None: ...
@@ -77,16 +77,20 @@ class MARS(TorchStyle):
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]], lr: float = 0.001, betas: tuple[float, float] = ..., *, gamma: float = 0.025, eps: float = 1e-08, mom_1d: float = 0.9, sqr_mom_1d: float = 0.95, lr_1d: float = 1.0, vectors: bool = False, weight_decay: float = 0.01, decoupled_weight_decay: bool = True, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None, state: bool | None = None, weights: bool | None = None) -> None: ...
     column: Column
     structure: Any
-class Prodigy(TorchStyle):
-    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]], lr: float = 1.0, betas: tuple[float, float, float] = ..., *, eps: float = 1e-08, first_estimate: float = 1e-06, coef: float = 1.0, growth: float = ..., correct_bias: bool = False, safeguard: bool = False, weight_decay: float = 0.0, decoupled_weight_decay: bool = True, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None, state: bool | None = None, weights: bool | None = None) -> None: ...
-    column: Column
-    structure: Any
 class ScheduleFreeAdam(TorchStyle):
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]], lr: float = 0.001, betas: tuple[float, float] = ..., *, eps: float = 1e-08, warmup: int = 0, lr_power: float = 2.0, step_power: float = 0.0, weight_decay: float = 0.0, decoupled_weight_decay: bool = True, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None, state: bool | None = None, weights: bool | None = None) -> None: ...
     column: Column
     structure: Any
 class ScheduleFreeSGD(TorchStyle):
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]], lr: float = 0.001, momentum: float = 0.9, *, warmup: int = 0, lr_power: float = 2.0, step_power: float = 0.0, weight_decay: float = 0.0, decoupled_weight_decay: bool = True, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None, state: bool | None = None, weights: bool | None = None) -> None: ...
+    column: Column
+    structure: Any
+class Muon(TorchStyle):
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]], lr: float = 0.001, weight_decay: float = 0.1, *, momentum: float = 0.95, nesterov: bool = True, ns_coefficients: tuple[float, float, float] = ..., eps: float = 1e-07, ns_steps: int = 5, adjust_lr_fn: bool | None = None, use_muon: bool | None = None, adam_lr: float = 1.0, adam_betas: tuple[float, float] = ..., adam_eps: float = 1e-05, decoupled_weight_decay: bool = True, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None, state: bool | None = None, weights: bool | None = None) -> None: ...
+    column: Column
+    structure: Any
+class Prodigy(TorchStyle):
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]], lr: float = 1.0, betas: tuple[float, float, float] = ..., *, eps: float = 1e-08, first_estimate: float = 1e-06, coef: float = 1.0, growth: float = ..., correct_bias: bool = False, safeguard: bool = False, weight_decay: float = 0.0, decoupled_weight_decay: bool = True, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None, state: bool | None = None, weights: bool | None = None) -> None: ...
     column: Column
     structure: Any
 class StableAdam(TorchStyle):
@@ -132,3 +136,5 @@ class Column:
     constants: dict = ...
     check: Callable = ...
     inner: tuple = ...
+    options: tuple = ...
+    flags: Callable = ...

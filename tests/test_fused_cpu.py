@@ -16,7 +16,7 @@ from fastxtend.optimizer.table import OPTIMIZERS
 p = torch.nn.Parameter(torch.ones(300, 300)); p.grad = torch.ones_like(p)
 opt = Lamb([p], lr=.1, wd=0., fused=True)
 opt.step()
-float32, names = cpu.FORMATS[torch.float32], ('p', 'g', 'grad_avg', 'sqr_avg')
+float32, names = cpu.CODECS[torch.float32], ('p', 'g', 'grad_avg', 'sqr_avg')
 composition = OPTIMIZERS['Lamb'].composition()
 hits = [cpu.compiled(s, (float32,)*4, names, composition.row + tuple(n for n in s.scalars if n not in composition.row)).cache_hits for s in composition.stages]
 '''
@@ -62,7 +62,7 @@ def test_cache_knows_a_stepper_by_its_arithmetic():
     "Two steppers of one name do not share machine code"
     def address():
         stage = compose([move]).step
-        return cpu.compiled(stage, (cpu.FORMATS[torch.float32],)*2, ('p', 'g'), ('lr',)).address
+        return cpu.compiled(stage, (cpu.CODECS[torch.float32],)*2, ('p', 'g'), ('lr',)).address
     @stepper('p')
     def move(p, g, lr): return p - lr*g
     first = address()
