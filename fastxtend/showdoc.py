@@ -65,9 +65,8 @@ def with_links(
 def bytes_moved(
     spec:OptimizerSpec, # An optimizer
 ) -> int:
-    "Bytes that a step of float32 reads and writes for each element, if each stage is one pass"
-    stages = spec.composition().stages
-    return 4*(sum(len(s.tensors) for s in stages) + len(stages[-1].gives))
+    "Bytes that a step of float32 reads and writes for each element of most parameters, if each stage is one pass"
+    return 4*len(spec.compositions()[-1].moved)
 
 def _state(spec):
     "Names of what it keeps, in words"
@@ -90,4 +89,4 @@ def optimizer_table(
     docs = {n: with_links(spec.constructor.__doc__, page_of(spec)[1]) for n,spec in OPTIMIZERS.items()}
     if short: return _table(('optimizer', 'helper', 'what it is'), [(_link(spec), f'`{spec.constructor.helper.__name__}`', docs[n]) for n,spec in OPTIMIZERS.items()])
     return _table(('optimizer', 'in one sentence', 'state', 'kernels a step', 'bytes an element', '`jit`'), [
-        (_link(spec), docs[n], _state(spec), len(spec.composition().stages), bytes_moved(spec), 'yes' if spec.jit else 'no') for n,spec in OPTIMIZERS.items()])
+        (_link(spec), docs[n], _state(spec), sum(len(c.kernels) for c in spec.compositions()), bytes_moved(spec), 'yes' if spec.jit else 'no') for n,spec in OPTIMIZERS.items()])

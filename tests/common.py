@@ -15,8 +15,10 @@ from fastcore.all import L, noop
 from torch import Tensor
 
 from fastxtend.optimizer import all as optimizers
+from fastxtend.optimizer.core import flags_on
 from fastxtend.optimizer.declare import BACKENDS, FLAGS, helper_of
 from fastxtend.optimizer.lists import BLOCK
+from fastxtend.optimizer.steppers import compose, picked
 from fastxtend.optimizer.table import OPTIMIZERS, known_slots
 
 WAYS = ('native', *BACKENDS)
@@ -44,6 +46,19 @@ def ways(name, of=WAYS):
 def slots_of(name, mom=.9): return OPTIMIZERS[name].slots(**(dict(mom=mom) if 'mom' in OPTIMIZERS[name].hypers else {}))
 
 def norms_of(name): return bool(OPTIMIZERS[name].composition().sums)
+
+def takes_whole(name): return any(c.filled for c in OPTIMIZERS[name].compositions())
+
+def compositions(name, shapes, first=(), last=(), **arguments):
+    "What parameters of these shapes are stepped with, between `first` and `last`"
+    spec = OPTIMIZERS[name]
+    flags = dict.fromkeys(flags_on(spec.flags, p, {}) for p in make_params(shapes))
+    return [compose([*first, *picked(spec.steppers(**arguments), frozenset(on)), *last], name=name) for on in flags]
+
+def kernels_of(name, shapes, first=(), last=()):
+    "How many kernels step parameters of these shapes, and how many only add up"
+    stages = [s for c in compositions(name, shapes, first, last) for s in c.kernels]
+    return sum(not s.sums for s in stages), sum(bool(s.sums) for s in stages)
 
 # PyTorch's norms of float32 are sums in float32, and of a million elements they are off by some 1e-5. Steppers on whole tensors, and kernels,
 # add up otherwise; fastai's own optimizers have the same norms as ForEach. Measured, of a square: 210

@@ -32,6 +32,12 @@ def pytest_collection_modifyitems(config, items):
     if dropped: config.hook.pytest_deselected(items=dropped)
     items[:] = [i for i in items if runs(i)]
 
+@pytest.fixture(autouse=True)
+def products_in_float32(monkeypatch):
+    "Muon's products are rounded to bfloat16 where there is hardware for it: what is compared to units of eps is not"
+    from fastxtend.optimizer import muon
+    monkeypatch.setattr(muon, '_has_bfloat16', lambda device: False)
+
 @pytest.fixture
 def on_cpu_tensors(monkeypatch):
     "Step CPU tensors with the CUDA kernels"

@@ -12,6 +12,7 @@ from fastxtend.benchmark.report import PUBLISHED, frame, machine, noisy, pivot, 
 from fastxtend.benchmark.steps import (LION, LR, OPTIMI, OURS, PRODIGY, PYTORCH_OPTIMIZER, SCHEDULEFREE, TIMM, TORCH, WARM_UP, Benchmark, Contest,
                                        Contestant, Stopwatch, Watcher, bytes_per_parameter, choose_backends, device_name, group_lrs, hypers_of, race,
                                        recommend, tensors_per_parameter)
+from fastxtend.optimizer.plan import error_of
 from fastxtend.optimizer.table import OPTIMIZERS
 
 class FakeClock:
@@ -99,8 +100,24 @@ def test_race_has_bounds():
 
 @pytest.mark.parametrize('name,moved', [('SGD', 5), ('RMSProp', 5), ('Adam', 7), ('RAdam', 7), ('QHAdam', 7), ('Larc', 5 + 2), ('Lamb', 7 + 4),
                                         ('Ranger', 7 + 2/6)])
-@pytest.mark.parametrize('itemsize', [2, 4, 8])
-def test_bytes(name, moved, itemsize): assert bytes_per_parameter(name, itemsize) == pytest.approx(moved*itemsize)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
+def test_bytes(name, moved, dtype): assert bytes_per_parameter(name, dtype) == pytest.approx(moved*dtype.itemsize)
+
+@pytest.mark.skipif(error_of('cpu') is not None, reason="of kernels for CPUs")
+@pytest.mark.parametrize('name,formats,moved', [('Adam', dict(state='bfloat16'), 12 + 4*2), ('Adam', dict(state='int8'), 12 + 4*(1 + 4/128)), ('Adam', dict(weights='exact'), 2 + 2*(4 + 4/128) + 4*4),
+                                                ('Lamb', dict(state='int8'), 12 + 4*(1 + 4/128) + 8 + 2*(1 + 4/128)), ('AdEMAMix', dict(state='int8'), 12 + 2*4 + 4*(1 + 4/128))])
+def test_bytes_of_formats(name, formats, moved):
+    assert bytes_per_parameter(name, torch.bfloat16 if 'weights' in formats else torch.float32, **formats) == pytest.approx(moved)
+
+@pytest.mark.skipif(error_of('cpu') is not None, reason="of kernels for CPUs")
+def test_formats_are_contestants():
+    "Each in its own dtype, from the same weights"
+    contest = Contest('3x5000', 'Adam', ['fused', *(f'fused_{n}' for n in steps.FORMATS)])
+    built = {n: step.__self__ for n,step in contest.build().items()}
+    ps = {n: o.param_lists[0][0] for n,o in built.items()}
+    assert {n: p.dtype for n,p in ps.items()} == {n: torch.bfloat16 if 'exact' in n else torch.float32 for n in ps}
+    assert torch.equal(ps['fused_exact'], ps['fused'].bfloat16()) and torch.equal(ps['fused_exact'].grad, ps['fused'].grad.bfloat16())
+    for r in contest.run(0): assert r.gb_s == pytest.approx(bytes_per_parameter('Adam', getattr(torch, r.dtype), **steps.CONTESTANTS[r.backend].formats)*15000/r.ms/1e6)
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_state_is_what_the_optimizer_keeps(name):

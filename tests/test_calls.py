@@ -11,6 +11,8 @@ MOST_CALLS = dict(SGD=5, RMSProp=8, Adam=7, RAdam=8, QHAdam=12)
 HOST_READS = {'_local_scalar_dense', 'is_nonzero', 'equal'}
 PYTHON_READS = {'tolist', 'item', 'numpy', 'cpu', '__float__', '__int__', '__bool__', '__array__'} # of CPU tensors, they call no operation
 
+WHOLE = {'empty_like', 'view', '_unsafe_view', 'alias'} # Room for a matrix, and views of it, where steppers take whole tensors
+
 class Count(TorchDispatchMode):
     "Counts operations by name"
     def __init__(self):
@@ -79,6 +81,7 @@ def test_foreach_calls_do_not_grow_with_groups(name):
     for warm_up in range(1, 8):
         few, many = (count_step(start(name, 'foreach', groups, 'cpu'), warm_up).calls for groups in (3, 10))
         assert [c.pop('sum', 0) for c in (few, many)] == [len(other)*9, len(other)*30]
+        if takes_whole(name): few, many = ({k: n for k,n in c.items() if k not in WHOLE} for c in (few, many))
         assert few == many
 
 @each_elementwise
@@ -101,7 +104,7 @@ def test_one_host_read(name, groups):
     "The norms of all parameters at once"
     for warm_up in range(3): assert count_reads(start(name, 'foreach', groups, 'cpu'), warm_up) == 1
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [n for n in NAMES if not takes_whole(n)])
 def test_fused_calls_nothing(name):
     "A kernel reads and writes memory; PyTorch is not asked for anything, unless to keep the learning rates that Larc reports"
     calls = count_step(start(name, 'fused', 3, 'cpu'), 6).calls

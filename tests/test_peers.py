@@ -135,7 +135,19 @@ def prodigy(params, grads, states, model, t, lr, mom, sqr_mom, estimate_mom, eps
     model.update(d=min(greatest, growth*(max(d, measured) if d == first_estimate else d)), greatest=greatest, r=r)
     return [(1 - x*wd)*p - x*s['m']/(s['v'].sqrt() + model['d']*eps) for p,s,x in zip(params, states, size)]
 
-TWINS = {f.__name__: f for f in (prodigy, schedulefreesgd, schedulefreeadam, lion, nadam, stableadam, adan, adopt, ademamix, adabelief, laprop, mars)}
+def muon(p, g, s, t, lr, mom, wd, adam_lr, adam_mom, adam_sqr_mom, adam_eps, nesterov=True, scale='original'):
+    if p.ndim < 2:
+        m, v = averages(g, s, t, adam_mom, adam_sqr_mom)
+        return (1 - lr*adam_lr*wd)*p - lr*adam_lr*m/(v.sqrt() + adam_eps)
+    s['m'] = mom*s.get('m', 0*g) + (1 - mom)*g
+    x = (mom*s['m'] + (1 - mom)*g if nesterov else s['m']).flatten(1)
+    rows, cols = x.shape
+    x = x/x.square().sum().sqrt()
+    for _ in range(5): x = 3.4445*x - 4.775*(x @ x.T @ x) + 2.0315*(x @ x.T @ x @ x.T @ x)
+    size = max(1., rows/cols)**.5 if scale == 'original' else .2*max(rows, cols)**.5
+    return (1 - lr*wd)*p - lr*size*x.view(p.shape)
+
+TWINS = {f.__name__: f for f in (muon, prodigy, schedulefreesgd, schedulefreeadam, lion, nadam, stableadam, adan, adopt, ademamix, adabelief, laprop, mars)}
 
 def twin_step(name, params, grads, states, model, t, lr, **hypers):
     "Parameters after a step of a twin; `model` is a dict for what there is one of"
@@ -145,7 +157,7 @@ def twin_step(name, params, grads, states, model, t, lr, **hypers):
 # Hyperparameters that a test of an optimizer needs, beside its defaults
 SETTINGS = dict(AdEMAMix=[dict(slow_warmup=0), dict(slow_warmup=60)], MARS=[dict(vectors=False), dict(vectors=True), dict(mom_1d=.8, sqr_mom_1d=.9, lr_1d=.5)],
                 Prodigy=[dict(first_estimate=.1), dict(first_estimate=.01, coef=2., growth=1.1, estimate_mom=.99, correct_bias=True, safeguard=True)],
-                NAdam=[{}, dict(mom_decay=.2)], StableAdam=[{}, dict(sqr_mom=.9)], ADOPT=[{}, dict(sqr_mom=.9)],
+                Muon=[{}, dict(nesterov=False, scale='match_rms_adamw', adam_lr=.1, adam_mom=.8)], NAdam=[{}, dict(mom_decay=.2)], StableAdam=[{}, dict(sqr_mom=.9)], ADOPT=[{}, dict(sqr_mom=.9)],
                 **{n: [{}, dict(warmup=30, step_power=.5, mom=.98)] for n in ('ScheduleFreeAdam', 'ScheduleFreeSGD')})
 NEWER = [n for n in NAMES if OPTIMIZERS[n].native is None]
 CASES = [(name, wd, changing, settings) for name in NEWER for settings in SETTINGS.get(name, [{}]) for wd in (0., .1) for changing in (False, True)]

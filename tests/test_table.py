@@ -58,7 +58,7 @@ def test_defaults_reach_the_optimizer(name, way):
     for k,v in defaults(name).items():
         if k in opt.hypers[0]: assert opt.hypers[0][k] == v
         elif k in ('k', 'alpha'): assert getattr(opt, k) == v
-        else: assert k in ('clip', 'decouple_wd')
+        else: assert k == 'decouple_wd' or opt.options[k] == v if not is_native(opt) else k in ('clip', 'decouple_wd')
     assert set(opt.hypers[0]) == set(build(name, make_params(SMALL), 'native').hypers[0])
 
 @pytest.mark.parametrize('name', NAMES)
@@ -73,7 +73,8 @@ def test_the_rows_slots(name):
         params = make_params(SMALL)
         opt = build(name, params, mom=mom)
         train(opt, params, make_grads(tuple(SMALL.values()), steps=1))
-        state, composition = opt.state[params[0]], OPTIMIZERS[name].composition(mom=mom)
+        if not is_native(opt): assert all({k for k,x in opt.state[p].items() if isinstance(x, Tensor)} == set(opt.slots_of(p)) for p in params)
+        state, composition = opt.state[params[1]], OPTIMIZERS[name].composition(mom=mom) # of a vector
         numbers = {*composition.counters, *composition.kept} # `local_lr` of fastai is a tensor of no dimensions
         assert set(state) - numbers == set(OPTIMIZERS[name].slots(mom=mom))
         assert numbers <= set(state)

@@ -18,6 +18,7 @@ from .laprop import *
 from .lion import *
 from .mars import *
 from .modifiers import *
+from .muon import *
 from .nadam import *
 from .prodigy import *
 from .schedulefree import *

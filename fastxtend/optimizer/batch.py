@@ -13,13 +13,13 @@ from operator import attrgetter
 import numpy as np, torch
 from torch import Tensor
 
-from .formats import EXACT, LOST, NOTHING, ROOTS, Format
+from .formats import CHANCE, LOST, NOTHING, ROOTS, Format, format_of
 from .probe import is_dense, is_sharded, sharing_memory
 from .steppers import Composition
 
 # %% auto #0
 __all__ = ['RANGES', 'MEANT', 'overwrite', 'Batch', 'as_number', 'check_hyper', 'no_such', 'describe', 'check_params',
-           'fields_of', 'check_tensors', 'check_batch', 'shards', 'lay_out', 'copy_like']
+           'fields_of', 'check_tensors', 'check_batch', 'shards', 'lay_out', 'copy_like', 'sharded_like']
 
 # %% ../../nbs/optimizer.batch.ipynb #e4d1a7f7
 def overwrite(
@@ -91,8 +91,8 @@ class Batch:
     ) -> tuple[Format|None, list]: # Its format, and the tensor with those beside it; no format if there are none
         "How a tensor is stored"
         t = self.named()[name][i]
-        fmt = ROOTS.get(t.dtype) if name != 'p' else EXACT if LOST in self.beside and self.beside[LOST][i] is not NOTHING else None
-        return fmt, [t, *(self.beside[n][i] for n in fmt.names(name))] if fmt else [t]
+        fmt = format_of(name, t.dtype, self.params[i].dtype, LOST in self.beside and self.beside[LOST][i] is not NOTHING)
+        return fmt, [t, *(self.beside[n][i] for n in fmt.names(name)), *([self.read('p', i)] if fmt is CHANCE else [])] if fmt else [t]
 
     def read(self, name, i) -> Tensor:
         "A tensor in full"
@@ -217,8 +217,8 @@ def _split_alike(tensors):
 def shards(
     batch:Batch, # Parameters
 ) -> Batch:
-    "`batch` with what this process has of `DTensor`s in their place; as it is if there are none, if sums are needed, or if gradients or slots are not split like their parameter"
-    if batch.composition.sums or not any(map(is_sharded, batch.params)) or not all(map(_split_alike, zip(*batch.tensors()))): return batch
+    "`batch` with what this process has of `DTensor`s in their place; as it is if there are none, if whole tensors or sums are needed, or if gradients or slots are not split like their parameter"
+    if not batch.composition.is_local or not any(map(is_sharded, batch.params)) or not all(map(_split_alike, zip(*batch.tensors()))): return batch
     return batch.with_tensors(*([t.to_local() if is_sharded(t) else t for t in ts] for ts in batch.tensors()))
 
 # %% ../../nbs/optimizer.batch.ipynb #cee953bd
@@ -253,10 +253,13 @@ def copy_like(
         raise ValueError(f"The saved '{name}' of a parameter of {describe(p)} is {describe(value) if torch.is_tensor(value) else repr(value)}: "
                          "is it the state of another model?")
     value = value.detach()
-    if is_sharded(p) and not is_sharded(value): value = _sharded_like(p, value)
+    if is_sharded(p) and not is_sharded(value): value = sharded_like(p, value)
     return overwrite(torch.zeros_like(p, dtype=dtype, requires_grad=False), value)
 
-def _sharded_like(p, value):
+def sharded_like(
+    p:Tensor, # A parameter, or what belongs to it
+    value:Tensor, # Of the same shape
+) -> Tensor: # A `DTensor`
     "The whole tensor `value`, split between processes as `p` is"
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect, math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from weakref import ref
 
 import numpy as np, torch
@@ -18,15 +19,15 @@ from torch import Tensor
 from .attach import same_objects, sums_only
 from .batch import RANGES, Batch, as_number, check_batch, check_hyper, check_params, check_tensors, copy_like, describe, fields_of, lay_out, no_such, shards
 from .formats import EXACT, NOTHING, ROOTS
-from .plan import Engine, Plan, expected, look, make_plan, run
+from .plan import Engine, Plan, expected, look, make_plan, meet, run
 from .probe import STRIDES, Probe, is_sharded, sharing_memory
 from .report import Report, bytes_of, formats, row_of, tensors_in
 from .steppers import Composition, Slot, compose, picked, switches
 from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
 # %% auto #0
-__all__ = ['FLOAT32', 'SETS', 'NO_SHARDS', 'COARSE', 'SIGNED', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'facts_in',
-           'Layout', 'FastOptimizer', 'check_common', 'Zeroing', 'in_full', 'check_k', 'LookaheadMixin']
+__all__ = ['FLOAT32', 'SETS', 'ONLY_WHOLE', 'COARSE', 'SIGNED', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'flags_on',
+           'facts_in', 'Layout', 'FastOptimizer', 'check_common', 'Zeroing', 'in_full', 'check_k', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -57,6 +58,14 @@ def repeats(
     return res
 
 # %% ../../nbs/optimizer.core.ipynb #72c0bdc8
+def flags_on(
+    rules:dict, # Name of each flag to what decides where the state does not
+    p:Tensor, # A parameter
+    state:dict, # Of the parameter
+) -> tuple[str, ...]:
+    "Names of the flags that are on"
+    return tuple([n for n,rule in rules.items() if (rule(p) if state.get(n) is None else state[n])])
+
 @lru_cache(None)
 def facts_in(
     composition:Composition, # What is to be done
@@ -78,6 +87,10 @@ class Layout:
     keys:list=None # Of the rows: group, `do_wd`, how often before, facts, and last counters
     row_ids:np.ndarray=None # Row of each parameter
     row_list:list=None # The same as a list
+    on:tuple=() # Flags of all of them, if they are a part of what steps
+    idxs:list=None # Their positions in the whole
+    flags:list=None # Those of each parameter, when `divided` was made
+    divided:list=None # The parts
 
     @classmethod
     def of(cls, lists, state, there):
@@ -89,6 +102,20 @@ class Layout:
 
     def holds(self, lists, state, there):
         return self.there == there and len(lists) == len(self.lists) and all(map(same_objects, lists, self.lists)) and same_objects(list(state), self.known[0]) and same_objects(list(state.values()), self.known[1])
+
+    def part(self, on, idxs):
+        "The layout of those at `idxs`"
+        def of(xs): return [xs[i] for i in idxs]
+        return Layout(self.lists, self.known, self.there, of(self.params), of(self.groups), of(self.states), of(self.again), on=on, idxs=idxs)
+
+    def parts(self,
+        rules:dict, # Name of each flag to what decides where the state of a parameter does not
+    ) -> list[Layout]:
+        "What steps in the same way: parameters with the same flags"
+        if not rules: return [self]
+        flags = [flags_on(rules, p, s) for p,s in zip(self.params, self.states)]
+        if flags != self.flags: self.flags, self.divided = flags, [self.part(on, [i for i,f in enumerate(flags) if f == on]) for on in sorted(set(flags), reverse=True)]
+        return self.divided
 
     def rows(self,
         counters:dict, # Name of each counter to its first value
@@ -115,7 +142,7 @@ class Layout:
 # %% ../../nbs/optimizer.core.ipynb #045b34ba
 class FastOptimizer(Optimizer):
     "A fastai `Optimizer` that steps all groups together"
-    _transient = '_layouts', '_layout', '_plans', '_compositions', '_ran', '_cleared', '_zeroing', 'attached', 'known', 'sums', 'engine'
+    _transient = '_layouts', '_parts', '_plans', '_compositions', '_ran', '_cleared', '_zeroing', 'attached', 'known', 'sums', 'engine'
     takes_attachments = False # Is there anything to be gained from an `Attachment`?
     takes_clip_scale = False # Is there something to be gained if the step itself clips, once the norm is known?
     set_to_none = False # Does `zero_grad` leave no gradients, instead of zeros?
@@ -133,6 +160,7 @@ class FastOptimizer(Optimizer):
         self.spec, self.decouple_wd, self.options = spec, decouple_wd, {**spec.options, **(options or {})}
         self.arguments = {k: bool(np.any(v)) if k == 'mom' else v for k,v in defaults.items() if k != 'lr'}
         self.carried = {}
+        self.steppers # options that make no sense are refused here
         self.forget()
 
     def set_hyper(self, k, v):
@@ -150,7 +178,7 @@ class FastOptimizer(Optimizer):
 
     def forget(self):
         "What can be found again: compositions, layout and plans; and what belongs to one step: attachments, and sums over the model"
-        self._layouts, self._layout, self._plans, self._compositions, self._ran = {}, None, {}, {}, None
+        self._layouts, self._parts, self._plans, self._compositions, self._ran = {}, None, {}, {}, None
         self.attached, self.known, self.sums, self._cleared, self._zeroing = {}, {}, {}, None, None
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in self._transient}
@@ -167,10 +195,25 @@ class FastOptimizer(Optimizer):
     def steppers(self): "What a step consists of"; return self.spec.steppers(decouple_wd=self.decouple_wd, **{**self.arguments, **self.options})
 
     @property
+    def _keep_on_clear(self): return [*Optimizer._keep_on_clear, *self.spec.flags]
+
+    @property
     def own_slots(self):
         "Name to `Slot` of the state tensors of a parameter"
         if 'slots' not in self._compositions: self._compositions['slots'] = own_slots(self.steppers)
         return self._compositions['slots']
+
+    def slots_of(self,
+        p:Tensor, # A parameter
+    ) -> dict: # Name to `Slot`
+        "The state tensors that it has"
+        return own_slots(self.steppers, tuple(self.spec.flags), self.flags_of(p)) if self.spec.flags else self.own_slots
+
+    def flags_of(self,
+        p:Tensor, # A parameter
+    ) -> tuple[str, ...]:
+        "Names of the flags that are on for it"
+        return flags_on(self.spec.flags, p, self.state.get(p, {}))
 
     @property
     def slot_names(self): "Names of the state tensors of a parameter"; return tuple(self.own_slots)
@@ -208,13 +251,19 @@ class FastOptimizer(Optimizer):
 @patch
 def composition(self:FastOptimizer,
     lent:tuple=(), # Names of slots that are lent for this step
+    flags:tuple=(), # Names of the flags that are on for the parameters
 ) -> Composition:
     "The steppers of this step, joined"
     if 'switches' not in self._compositions: self._compositions['switches'] = switches(self.steppers)
-    on = tuple([n for n in self._compositions['switches'] if n in lent or any(as_number(n, h.get(n, 0)) for h in self.hypers)])
+    on = tuple([n for n in self._compositions['switches'] if n in lent or n in flags or any(as_number(n, h.get(n, 0)) for h in self.hypers)])
     key = on, *((n, a.first, a.last) for n,a in self.attached.items())
     if key not in self._compositions: self._compositions[key] = self.composed(on)
     return self._compositions[key]
+
+@patch
+def compositions(self:FastOptimizer) -> list[Composition]:
+    "What parameters are stepped with, whatever their flags are"
+    return [self.composition((), on) for n in range(len(self.spec.flags) + 1) for on in combinations(self.spec.flags, n)]
 
 @patch
 def composed(self:FastOptimizer,
@@ -263,13 +312,14 @@ SETS = 8 # Sets of parameters with gradients whose layouts and plans are kept
 def recall(self:FastOptimizer,
     lists:list, # The parameters of each group that are not frozen
     there:list|None, # Positions of those with gradients, or `None` if all have them
-):
+) -> Layout:
     "The layout and the plans of these parameters: those of the last time if nothing has changed"
     key = None if there is None else tuple(there)
     layout, plans = self._layouts.pop(key, (None, {}))
     if layout is None or not layout.holds(lists, self.state, there): layout = Layout.of(lists, self.state, there)
-    self._layouts[key] = self._layout, self._plans = layout, plans
+    self._layouts[key], self._plans = (layout, plans), plans
     if len(self._layouts) > SETS: del self._layouts[next(iter(self._layouts))]
+    return layout
 
 @patch
 def stepping(self:FastOptimizer) -> tuple[Layout, list]: # What is known of them, and their gradients
@@ -279,8 +329,7 @@ def stepping(self:FastOptimizer) -> tuple[Layout, list]: # What is known of them
     if [True for g in grads if g is None]:
         there = [i for i,g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in there]
-    self.recall(lists, there)
-    return self._layout, grads
+    return self.recall(lists, there), grads
 
 @patch
 def beside(self:FastOptimizer,
@@ -288,7 +337,7 @@ def beside(self:FastOptimizer,
     states:list, # Their state dicts
 ) -> dict: # Name to a list of tensors
     "What formats keep beside the tensors of `params`. `NotImplementedError` if they cannot"
-    if any(map(is_sharded, params)): raise NotImplementedError(NO_SHARDS)
+    if any(map(is_sharded, params)): raise NotImplementedError(ONLY_WHOLE)
     res, exact = {}, [self.is_exact(p) for p in params]
     if any(exact): res = {n: [s.get(n) if e else NOTHING for s,e in zip(states, exact)] for n in EXACT.names('p')}
     for name in self.own_slots:
@@ -296,22 +345,38 @@ def beside(self:FastOptimizer,
         for n in SIGNED.names(name) if any(formats) else (): res[n] = [s.get(n) if f else NOTHING for s,f in zip(states, formats)]
     return res
 
-NO_SHARDS = "`weights='exact'` and `state='int8'` work on parameters that are whole, and these are sharded (`DTensor`): use `state='bfloat16'`, or neither"
+ONLY_WHOLE = "`weights='exact'` and `state='int8'` work on parameters that are whole, and these are sharded (`DTensor`): use `state='bfloat16'`, or neither"
 COARSE = 2**12 # Elements of a parameter from which on state may be kept in 8 bits
 SIGNED = ROOTS[torch.int8]
 
 @patch
 def gather(self:FastOptimizer,
     **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
-) -> Batch:
+) -> list[Batch]: # One for each combination of flags
     "Everything that steps now"
     layout, grads = self.stepping()
     if self.attached: lent = {**lent, **self.lent_by_attached(layout.params)}
-    composition = self.composition(tuple(lent))
+    self._parts = layout.parts(self.spec.flags)
+    def of(part, xs): return xs if part.idxs is None else [xs[i] for i in part.idxs]
+    return [self.batch(part, of(part, grads), {n: of(part, ts) for n,ts in lent.items()}) for part in self._parts]
+
+@patch
+def batch(self:FastOptimizer,
+    layout:Layout, # Of parameters with the same flags
+    grads:list, # Their gradients
+    lent:dict, # Slots that are lent to them
+) -> Batch:
+    "What is stepped with one composition"
+    composition = self.composition(tuple(lent), layout.on)
     rows = [self.row(composition, *key) for key in layout.rows(composition.counters, facts_in(composition))]
-    slots = {n: lent[n] if n in lent else values_of(layout.states, n, None) for n in composition.slots}
     check_common(composition, rows)
+    for n in composition.filled: lent[n] = list(map(_room, layout.params))
+    slots = {n: lent[n] if n in lent else values_of(layout.states, n, None) for n in composition.slots}
     return Batch(layout.params, grads, layout.states, layout.row_ids, rows, slots, composition, self.carried, self.beside(layout.params, layout.states) if self.stores else {})
+
+def _room(p):
+    "Where whole tensors are written during a step"
+    return torch.empty_like(p, dtype=max(p.dtype, torch.float32, key=lambda d: d.itemsize), requires_grad=False)
 
 def check_common(
     composition:Composition, # What is to be done
@@ -414,37 +479,37 @@ def plan(self:FastOptimizer,
 @patch
 def count_step(self:FastOptimizer,
     batch:Batch, # What has stepped
+    layout:Layout, # Of these parameters
 ):
     "Write the new counters into the states"
     names = tuple(batch.composition.counters)
     if not names: return
-    for n,new in zip(names, self._layout.advance([[row[n] for row in batch.rows] for n in names])):
+    for n,new in zip(names, layout.advance([[row[n] for row in batch.rows] for n in names])):
         for state,value in zip(batch.states, new): state[n] = value
 
 @patch
 def take_step(self:FastOptimizer,
-    plan:Plan, # What runs where
-    batch:Batch, # Everything that steps
-    seen:Probe, # What is known of it
+    planned:list, # For each composition: what runs where, what steps, and what is known of it
 ):
-    "Step `batch`, then count the step"
-    self.sums, self._ran = {**self.known, **run(plan, batch, seen)}, plan
+    "Step everything, then count the step"
+    self.sums, self._ran = {**self.known, **run(planned)}, [(plan, part.on) for (plan,*_),part in zip(planned, self._parts)]
     for a in self.attached.values(): a.taken = True
-    if batch.composition.step.clears: self._cleared = batch.grads, [g._version for g in batch.grads]
-    self.count_step(batch)
+    cleared = [g for _,batch,_ in planned if batch.composition.step.clears for g in batch.grads]
+    if cleared: self._cleared = cleared, [g._version for g in cleared]
+    for (_,batch,_),part in zip(planned, self._parts): self.count_step(batch, part)
 
 @patch
 def ready(self:FastOptimizer,
     **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
-) -> tuple[Plan, Batch, Probe]|None: # `None` if nothing steps
+) -> list|None: # For each composition `Plan`, `Batch` and `Probe`; `None` if nothing steps
     "Gather and plan; what is attached is part of it, if all that runs takes it"
     self.attached = {n: a for n,a in self.attached.items() if a.is_wanted}
-    batch = self.gather(**lent)
-    if not len(batch): return None
-    planned = self.plan(batch)
-    if not self.attached or planned[0].takes(batch.composition): return planned
+    batches = self.gather(**lent)
+    if not any(map(len, batches)): return None
+    planned = [self.plan(b) for b in batches]
+    if not self.attached or all(plan.takes(batch.composition) for plan,batch,_ in planned) and not (len(planned) > 1 and meet(planned)): return planned
     self.set_apart(self.attached)
-    return self.plan(self.gather(**lent))
+    return [self.plan(b) for b in self.gather(**lent)]
 
 @patch
 def step(self:FastOptimizer, closure=None):
@@ -459,7 +524,7 @@ def step(self:FastOptimizer, closure=None):
 def step_all(self:FastOptimizer):
     "Step everything that has a gradient and is not frozen"
     planned = self.ready()
-    if planned: self.take_step(*planned)
+    if planned: self.take_step(planned)
 
 @patch
 def expected_state(self:FastOptimizer,
@@ -467,7 +532,7 @@ def expected_state(self:FastOptimizer,
 ) -> dict: # Name to a tensor without memory
     "What its state will be, formats included"
     like = torch.empty_like(p.to_local() if is_sharded(p) else p, device='meta', requires_grad=False)
-    slots = {n: torch.empty_like(like, dtype=self.dtype_of(p, n, s)) for n,s in self.own_slots.items()}
+    slots = {n: torch.empty_like(like, dtype=self.dtype_of(p, n, s)) for n,s in self.slots_of(p).items()}
     beside = {k: v for n,t in slots.items() if t.dtype in ROOTS for k,v in ROOTS[t.dtype].fresh(n, t).items()}
     return {**(EXACT.fresh('p', like) if self.is_exact(p) else {}), **slots, **beside}
 
@@ -477,9 +542,11 @@ def backend_report(self:FastOptimizer) -> Report:
     place = {id(p): (i,j) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)}
     if self._ran is None:
         params, when = [p for i,pg in enumerate(self.param_lists) for p in pg if i >= self.frozen_idx or p.requires_grad], 'not stepped yet, expected:'
-        ran = expected([p.to_local() if is_sharded(p) and not self.composition().sums else p for p in params], self.kernels, self.engine)
-    else: params, when, ran = self._ran.params, 'last step:', [self._ran.ran(i) for i in range(len(self._ran.params))]
-    return Report((row_of(place[id(p)], p, tensors_in(self.state.get(p, {})) or self.expected_state(p), *r) for p,r in zip(params, ran)), f"{self.spec.name} ({type(self).__name__}), {when}")
+        flags = list(map(self.flags_of, params))
+        ran = expected([p.to_local() if is_sharded(p) and self.composition((), on).is_local else p for p,on in zip(params, flags)], self.kernels, self.engine)
+    else: params, flags, ran, when = *zip(*((p, on, plan.ran(i)) for plan,on in self._ran for i,p in enumerate(plan.params))), 'last step:'
+    rows = [row_of(place[id(p)], p, tensors_in(self.state.get(p, {})) or self.expected_state(p), *r, ', '.join(on)) for p,on,r in zip(params, flags, ran)]
+    return Report(sorted(rows, key=lambda o: (o.group, o.index)), f"{self.spec.name} ({type(self).__name__}), {when}")
 
 @patch
 def __repr__(self:FastOptimizer):
@@ -523,7 +590,7 @@ def look_over(self:FastOptimizer,
     if not grads or len(grads) != sum(p.grad is not None for pg in self.param_lists for p in pg): return None
     composition = sums_only(*steppers)
     plan, batch, seen = self.plan(Batch(layout.params, grads, layout.states, np.zeros(len(grads), np.int64), [composition.fold(dict(scalars))], {}, composition))
-    return run(plan, batch, seen) if plan.is_all_kernels else None
+    return run([(plan, batch, seen)]) if plan.is_all_kernels else None
 
 @patch(as_prop=True)
 def grad_norm(self:FastOptimizer) -> float|None: # `None` if it is not known, for nobody clipped
@@ -576,7 +643,7 @@ def state_dict(self:FastOptimizer,
 ) -> dict:
     "State of each parameter and hyperparameters of each group, in plain containers"
     hypers = [{k: v.item() if isinstance(v, np.generic) else v for k,v in h.items()} for h in self.hypers]
-    carried = dict(carried={n: float(x) for n,x in self.carried.items()}) if self.composition().carried else {}
+    carried = dict(carried={n: float(x) for n,x in self.carried.items()}) if any(c.carried for c in self.compositions()) else {}
     return dict(state=[in_full(self.state[p]) if full else dict(self.state[p]) for p in concat(*self.param_lists)], hypers=hypers, **carried)
 
 def in_full(
@@ -594,7 +661,7 @@ def load_state_dict(self:FastOptimizer,
     sd:dict, # What `state_dict` returned, of this or another backend or of fastai's own optimizer
 ):
     "Copy the state in `sd`, or raise `ValueError` and change nothing if it does not fit"
-    loaded, names = self.loaded(sd), set(self.composition().carried)
+    loaded, names = self.loaded(sd), {n for c in self.compositions() for n in c.carried}
     carried = sd.get('carried', {} if not names else None)
     if carried is None or set(carried) not in (names, set()): raise ValueError(f"The saved state is of another optimizer: it has no 'carried' with {', '.join(sorted(names))}, which {self.spec.name} keeps for the whole model")
     (self.state, self.hypers), self.carried = loaded, {n: float(x) for n,x in carried.items()}
@@ -653,7 +720,7 @@ def _loaded_slot(self:FastOptimizer, p, name, value, saved):
 def _loaded_item(self:FastOptimizer, p, name, value):
     if name in known_slots():
         raise ValueError(f"The saved state is of another optimizer: it has '{name}', which {self.spec.name}, built as this one is, does not keep")
-    counters = self.composition().counters
+    counters = {n: start for c in self.compositions() for n,start in c.counters.items()}
     if name in counters: return type(counters[name])(value)
     return value.detach().to(p.device, copy=True) if torch.is_tensor(value) else deepcopy(value)
 
@@ -704,9 +771,9 @@ class LookaheadMixin:
         lent = dict(slow_weights=[slow for fast,slow in pairs if fast.grad is not None]) if pairs and paired else {}
         planned, left = self.ready(**lent), [(fast, slow) for fast,slow in pairs if fast.grad is None]
         if planned is None: return pairs
-        if lent and (planned[0].tangled or left and sharing_memory([fast for fast,_ in pairs])): planned = self.ready()
+        if lent and (any(plan.tangled for plan,*_ in planned) or left and sharing_memory([fast for fast,_ in pairs])): planned = self.ready()
         elif lent: pairs = left
-        self.take_step(*planned)
+        self.take_step(planned)
         return pairs
 
     def slow_pairs(self) -> list[tuple[Tensor, Tensor]]:

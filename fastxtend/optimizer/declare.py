@@ -131,6 +131,7 @@ def optimizer(
     fixed:tuple=(), # Names of hyperparameters that do not change, whatever a schedule says
     fine:tuple=(), # Names of slots that 8 bits would harm
     check:Callable=None, # Raises if a `Batch` cannot be stepped now, if there is more to check than for every optimizer
+    flags:dict=None, # Names of switches that each parameter has for itself, in its state, and what decides where it says nothing: a function of the parameter
 ) -> Callable:
     "Decorates the constructor of an optimizer: a function with fastai's arguments that returns a list of steppers"
     def decorate(body):
@@ -144,7 +145,7 @@ def optimizer(
         constructor.__signature__ = inspect.Signature(params + _parameters(_flags), return_annotation=inspect.signature(body).return_annotation)
         constructor.__delwrap__ = _flags
         spec = OptimizerSpec(name, _body_of(body), {**{k: v for k,v in defaults.items() if k not in options}, **(hypers or {})},
-                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor, lr, fixed, fine, check)
+                             {k: defaults[k] for k in options}, native, foreach, jit, tuple(hypers or ()), foreach_class, constructor, lr, fixed, fine, check, flags or {})
         OPTIMIZERS[name] = spec
         return constructor
     return decorate

@@ -51,7 +51,9 @@ class FusedOptimizer(FastOptimizer):
         check_numba(concat(*self.param_lists))
 
     takes_attachments = True
-    _keep_on_clear = [*FastOptimizer._keep_on_clear, *EXACT.names('p')] # lost bits belong to the weights
+
+    @property
+    def _keep_on_clear(self): return [*super()._keep_on_clear, *EXACT.names('p')] # lost bits belong to the weights
 
     @cached_property
     def engine(self): return ListEngine(self.spec.foreach, widen=True)
@@ -62,25 +64,26 @@ class FusedOptimizer(FastOptimizer):
         if _capturing() and look(batch).reasons.any(): raise RuntimeError(NO_GRAPH)
         return super().plan(batch)
 
-    def take_step(self, plan, batch, seen):
-        if not _capturing(): return super().take_step(plan, batch, seen)
-        self.check_graph(plan)
-        run(plan, batch, seen)
+    def take_step(self, planned):
+        if not _capturing(): return super().take_step(planned)
+        self.check_graph(planned)
+        run(planned)
 
     def check_graph(self,
-        plan:Plan, # What would run where
+        planned:list, # What would run where
     ):
         "`RuntimeError` if the step cannot be part of a CUDA graph"
-        if isinstance(self, LookaheadMixin) or any(part.engine.name != 'triton' for part in plan.parts): raise RuntimeError(NO_GRAPH)
+        kernels = all(part.engine.name == 'triton' for plan,*_ in planned for part in plan.parts) and not any(batch.composition.filled for _,batch,_ in planned)
+        if isinstance(self, LookaheadMixin) or not kernels: raise RuntimeError(NO_GRAPH)
 
     @torch.no_grad()
     def refresh(self):
         "Before a replay of a CUDA graph in which `step` was captured: count the step, and upload the scalars it will read"
-        batch = self.gather()
-        plan, batch, seen = self.plan(batch)
-        self.check_graph(plan)
-        for part in plan.parts: part.engine.refresh(part, batch, seen)
-        self.count_step(batch)
+        planned = [self.plan(b) for b in self.gather()]
+        self.check_graph(planned)
+        for plan,batch,seen in planned:
+            for part in plan.parts: part.engine.refresh(part, batch, seen)
+        for (_,batch,_),part in zip(planned, self._parts): self.count_step(batch, part)
 
 class FusedLookahead(LookaheadMixin, FusedOptimizer):
     "A `FusedOptimizer` with the slow weights of Lookahead"

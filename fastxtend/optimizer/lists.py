@@ -164,7 +164,7 @@ class HostWork(Work):
             for i in self.stepped(): states[i][name] = values[i]
         for name,c in self.batch.composition.carried.items(): self.batch.carried[name] = float(np.ravel(self.known[c.of])[0])
 
-    def stepped(self): "Positions of the parameters that are stepped"; return range(len(self.batch))
+    def stepped(self): return range(len(self.batch))
 
 def needs_late(
     batch:Batch, # What steps
@@ -269,7 +269,7 @@ class ListWork(HostWork):
             for tensors,owners in self.blocks(stage):
                 new = _on_lists(stage)(*(tensors[n] for n in stage.tensors), *self.scalars(stage, owners))
                 for n,ts in zip(stage.gives, new): torch._foreach_copy_(tensors[n].ts, ts.ts)
-            self.write_back()
+            if stage is self.batch.composition.step: self.write_back()
 
     def add_up(self, stage):
         of, plain = _squares(stage)
@@ -283,12 +283,12 @@ class ListWork(HostWork):
         original = self.original.named()
         for n,copies in self.batch.named().items():
             for i,(copy,t) in enumerate(zip(copies, original[n])):
-                if copy is not t: overwrite(copy, self.original.read(n, i))
+                if copy is not t and n not in self.batch.composition.filled: overwrite(copy, self.original.read(n, i))
 
     def write_back(self):
         if self.batch is self.original: return
         for n,ts in self.batch.named().items():
-            if n == 'g': continue
+            if n == 'g' or n in self.batch.composition.filled: continue
             for i,(t,new) in enumerate(zip(self.original.named()[n], ts)):
                 if t is not new: self.original.write(n, i, new)
 
@@ -353,6 +353,9 @@ class StepperWork(Work):
             for n,x in zip(stage.gives, new):
                 if stage.sums: known[n] = float(whole(x.sum()))
                 else: overwrite(tensors[n], x)
+
+    def overwrite(self, stage):
+        for t in self.batch.named()[stage.gives[0]]: stage.whole([t])
 
     def total(self, name): return sum(k[name] for k in self.known)
     def receive(self, name, total):

@@ -55,13 +55,20 @@ def _cautious(steppers):
     at = max(i for i,s in enumerate(steppers) if 'update' in _roles(s))
     return _insert(steppers, at + 1, agree, mask)
 
+def _each(steppers, f):
+    "`f` of each stepper in its place, in switches too; `None` leaves it out"
+    return [new for s in steppers if (new := Switch(s.name, tuple(_each(s.on, f)), tuple(_each(s.off, f))) if isinstance(s, Switch) else f(s)) is not None]
+
+def _masked(s):
+    "What masks a decay, if it is one"
+    if _roles(s) != {'decay'}: return None
+    if _gives(s) != ('p',): raise ValueError("`cautious_decay` masks what a decay takes from a parameter, and this optimizer decays in another way")
+    return partial(decay_where_agreed, **(s.keywords if isinstance(s, partial) else {}))
+
 def _cautious_decay(steppers):
-    decays = [s for s in steppers if 'decay' in _roles(s)]
-    if any(_gives(s) != ('p',) for s in decays): raise ValueError("`cautious_decay` masks what a decay takes from a parameter, and this optimizer decays in another way")
-    rest = [s for s in steppers if s not in decays]
-    names = {k: v for s in decays if isinstance(s, partial) for k,v in s.keywords.items()}
+    rest = _each(steppers, lambda s: s if _roles(s) != {'decay'} else None)
     at = next(i for i,s in enumerate(rest) if 'apply' in _roles(s))
-    return _insert(rest, at, partial(decay_where_agreed, **names))
+    return _insert(rest, at, *_each(steppers, _masked))
 
 def _lookahead(steppers): return [*steppers, when('slow_weights', synchronise)]
 
@@ -74,8 +81,7 @@ def modified_spec(
 ) -> OptimizerSpec:
     "The entry of an optimizer, with another list of steppers; it is in no table"
     spec = OPTIMIZERS[optimizer]
-    composition = spec.composition()
-    if 'lookahead' in modifiers and any(s.start == 'p' and n in composition.step.gives for n,s in composition.slots.items()): raise ValueError(f"{optimizer} averages weights by itself, which `lookahead` would disturb")
+    if 'lookahead' in modifiers and any(s.start == 'p' and n in c.step.gives for c in spec.compositions() for n,s in c.slots.items()): raise ValueError(f"{optimizer} averages weights by itself, which `lookahead` would disturb")
     def body(**arguments):
         steppers = spec.body(**arguments)
         for name in modifiers: steppers = MODIFIERS[name](steppers)

@@ -20,8 +20,8 @@ from .steppers import Composition
 
 # %% auto #0
 __all__ = ['ENGINES', 'INSTALL', 'SHARES', 'SHARDED', 'Engine', 'Work', 'kind_of', 'kernels_for', 'error_of', 'warn_once',
-           'compiled', 'look', 'Part', 'Plan', 'why', 'expected', 'odd_extents', 'find_tangled', 'make_plan', 'run',
-           'share']
+           'compiled', 'look', 'Part', 'Plan', 'why', 'expected', 'odd_extents', 'find_tangled', 'meet', 'make_plan',
+           'run', 'share']
 
 # %% ../../nbs/optimizer.plan.ipynb #bdc9cd66
 class Engine:
@@ -59,6 +59,17 @@ class Work:
     ):
         "Add up, or step"
         raise NotImplementedError
+
+    def stepped(self):
+        "Positions of its parameters in `batch`"
+        raise NotImplementedError
+
+    def overwrite(self,
+        stage, # The next one, which is a function of whole tensors
+    ):
+        "Call it with all tensors of this part"
+        ts = self.batch.named()[stage.gives[0]]
+        stage.whole([ts[i] for i in self.stepped()])
 
     def total(self,
         name:str, # A sum over the model that the last stage added up
@@ -183,7 +194,7 @@ class Plan:
         return engine.name, '' if engine.has_kernels else SHARES if i in self.tangled else why(self.params[i], self.seen.reasons[i]) if self.kernels else ''
 
 SHARES = 'shares memory with another parameter or its state'
-SHARDED = 'sharded, and norms of whole parameters are needed, or gradients or state are sharded in another way'
+SHARDED = 'sharded, and whole parameters or their norms are needed, or gradients or state are sharded in another way'
 
 def why(
     p:Tensor, # A parameter
@@ -230,6 +241,15 @@ def _overlap(odd, written, seen):
     if (starts[1:] < np.maximum.accumulate(ends)[:-1]).any(): return True
     return Extents(starts, np.maximum.accumulate(ends), True).meet(seen) or any(written.covers(s, e) for s,e in zip(starts, ends))
 
+def meet(
+    planned:list, # Plan, batch and `Probe` of each composition
+) -> bool:
+    "Do parameters of different compositions share memory?"
+    starts, ends = np.array(sorted([o for plan,*_ in planned for o in (*zip(plan.written.starts.tolist(), plan.written.ends.tolist()), *plan.odd) if o[1] > o[0]]), np.int64).reshape(-1, 2).T
+    reach = np.maximum.accumulate(ends)
+    if (starts[1:] < reach[:-1]).any(): return True
+    return any(Extents(starts, reach, True).meet(seen) for _,batch,seen in planned if not batch.composition.step.clears)
+
 def make_plan(
     batch:Batch, # What is about to step
     params:list, # Its parameters, as the optimizer was given them
@@ -265,23 +285,24 @@ def _parts(batch, seen, kernels, lists, tangled):
 
 # %% ../../nbs/optimizer.plan.ipynb #84ef5d38
 def run(
-    plan:Plan, # What runs where
-    batch:Batch, # What steps
-    seen:Probe, # What is known of it
+    planned:list, # For each composition: what runs where (`Plan`), what steps (`Batch`), and what is known of it (`Probe`)
 ) -> dict: # Sums over the model: a number, or a tensor of numbers whose sum it is
     "One step"
-    works, sums = [part.engine.begin(part, batch, seen) for part in plan.parts], {}
-    stages = batch.composition.stages
-    together = max((i+1 for i,stage in enumerate(stages) if any(s.over == 'model' for s in stage.sums.values())), default=0)
-    for stage in stages[:together]:
-        for work in works: work.run(stage)
-        for name,summed in stage.sums.items():
-            if summed.over == 'model': sums[name] = share(works, name)
-    for work in works:
-        if plan.tangled: work.renew()
-        for stage in stages[together:]: work.run(stage)
-    for work in works: work.keep()
+    works = [(part.engine.begin(part, batch, seen), batch.composition) for plan,batch,seen in planned for part in plan.parts]
+    sums, tangled = {}, any(plan.tangled for plan,*_ in planned)
+    def first(c): return c.together if tangled else max(c.together, len(c.stages) - 1) # stages that all run before anything is changed
+    for at in range(max(first(c) for _,c in works)):
+        running = [(work, c.stages[at]) for work,c in works if at < first(c)]
+        for work,stage in running: _advance(work, stage)
+        for name in dict.fromkeys(n for _,stage in running for n,o in stage.sums.items() if o.over == 'model'):
+            sums[name] = share([work for work,stage in running if name in stage.sums], name)
+    for work,c in works:
+        if tangled or len(planned) > 1: work.renew()
+        for stage in c.stages[first(c):]: _advance(work, stage)
+    for work,_ in works: work.keep()
     return sums
+
+def _advance(work, stage): work.run(stage) if stage.whole is None else work.overwrite(stage)
 
 def share(
     works:list, # All parts of a step

@@ -57,6 +57,7 @@ class Ran:
     weights:str = '' # What it is kept in
     state:dict = field(default_factory=dict) # Name of each state tensor to what it is kept in
     nbytes:int = 0 # Of its state
+    flags:str = '' # Which of the ways that an optimizer has it goes, if there are several: names of the flags that are on
 
 def row_of(
     place:tuple, # Position of its group, and in that group
@@ -64,9 +65,10 @@ def row_of(
     state:dict, # Name of each state tensor to the tensor
     backend:str, # Where it is stepped
     reason:str='', # Why not with the others
+    flags:str='', # Those that are on for it
 ) -> Ran:
     "The row of a parameter"
-    return Ran(*place, describe(p), backend, reason, p.numel(), format_name(p), {n: format_name(t) for n,t in state.items()}, bytes_of(state.values()))
+    return Ran(*place, describe(p), backend, reason, p.numel(), format_name(p), {n: format_name(t) for n,t in state.items()}, bytes_of(state.values()), flags)
 
 # %% ../../nbs/optimizer.report.ipynb #9c78d37f
 def aligned(
@@ -93,15 +95,15 @@ class Report(L):
 
     def summary(self) -> str:
         "How many parameters are stepped where, with what state, and why not with the others"
-        kinds = groupby(self, lambda o: (o.backend, o.weights, formats(o.state), o.reason))
-        rows = [(backend, f'{len(rs):,}', f'{sum(o.numel for o in rs):,}', weights, state, f'{sum(o.nbytes for o in rs):,}', reason)
-                for (backend, weights, state, reason),rs in kinds.items()]
-        return aligned([('where', 'tensors', 'elements', 'weights', 'state', 'bytes of state', 'why'), *rows]) if rows else 'no parameters'
+        kinds = groupby(self, lambda o: (o.backend, o.flags, o.weights, formats(o.state), o.reason))
+        rows = [(backend, flags, f'{len(rs):,}', f'{sum(o.numel for o in rs):,}', weights, state, f'{sum(o.nbytes for o in rs):,}', reason)
+                for (backend, flags, weights, state, reason),rs in kinds.items()]
+        return aligned([('where', 'flags', 'tensors', 'elements', 'weights', 'state', 'bytes of state', 'why'), *rows]) if rows else 'no parameters'
 
     def details(self) -> str:
         "The same with a line for each parameter"
-        return aligned([('group', 'index', 'parameter', 'where', 'state', 'bytes of state', 'why'),
-                        *((o.group, o.index, o.param, o.backend, formats(o.state), f'{o.nbytes:,}', o.reason) for o in self)])
+        return aligned([('group', 'index', 'parameter', 'where', 'flags', 'state', 'bytes of state', 'why'),
+                        *((o.group, o.index, o.param, o.backend, o.flags, formats(o.state), f'{o.nbytes:,}', o.reason) for o in self)])
 
     def __repr__(self): return '\n'.join(filter(None, [self.title, self.summary()]))
     __str__ = __repr__

@@ -93,15 +93,17 @@ class Declaration:
     gives:tuple # Names of what it gives back, in order
     names:dict # What the names it brings are
     role:str=None # `decay`, `update` or `apply`, for those who look for a place in a list of steppers; `clear` if gradients are zeroed where they are
+    whole:bool=False # Does it take whole tensors?
 
 def stepper(
     gives:str, # Names of what it gives back, in order, with spaces between: `p`, `g`, slots, or intermediates
     role:str=None, # `decay`, `update` or `apply`, for those who look for a place in a list of steppers; `clear` if gradients are zeroed where they are
+    whole:bool=False, # Does it take a list of whole tensors, which it overwrites with what it gives, instead of numbers?
     **names, # What the names it brings are: `slot()`, `counter()`, `folded()`, `summed()` or `carried()`
 ) -> Callable:
     "Decorates a function of numbers: a part of an optimizer"
     def decorate(f):
-        f.declares = Declaration(tuple(gives.split()), names, role)
+        f.declares = Declaration(tuple(gives.split()), names, role, whole)
         return f
     return decorate
 
@@ -283,6 +285,8 @@ class Line:
     takes:tuple # Names it reads
     source:str # What is assigned
     f:Callable=None # The stepper that is called, if it is no expression
+    whole:Callable=None # If it takes whole tensors: the same with its options
+    at:int=None # And the position of its stage
 
     @property
     def called(self): "The name by which the stepper is called"; return self.source.partition('(')[0]
@@ -300,6 +304,7 @@ class Stage:
     late:tuple # `Fold`s from sums of earlier stages, or from what is carried, that it needs, in order
     sums:dict # If it only adds up: name to `Summed`
     clears:bool=False # Does it leave zeros where the gradients are?
+    whole:Callable=None # If it takes whole tensors: what is called with a list of them
 
     @property
     def functions(self): "The steppers by name"; return {l.called: l.f for l in self.lines if l.f}
@@ -319,12 +324,27 @@ class Composition:
     early:tuple # `Fold`s: counters and folded scalars that need no sums and nothing carried, in the order in which they can be computed
     sums:dict # Name to `Summed`
     carried:dict # Name to `Carried`
-    stages:tuple # `Stage`s, of which all but the last only add up
+    stages:tuple # `Stage`s, of which all but the last only add up, or write what is lent for the step
     row:tuple # Names of the scalars that stages and late folds need from the host
     fold:Callable # Adds all early scalars to a dict of hyperparameters, options and the last counters
 
     @property
     def step(self): "The last stage: what changes parameters and slots"; return self.stages[-1]
+
+    @cached_property
+    def filled(self): "Names of the slots that steppers on whole tensors overwrite: they are needed during a step only"; return tuple(s.gives[0] for s in self.stages if s.whole)
+
+    @property
+    def is_local(self): "Can a part of a tensor be stepped without the rest?"; return not self.sums and not self.filled
+
+    @cached_property
+    def together(self): "How many stages there are up to the last that adds up over the model"; return max((i+1 for i,s in enumerate(self.stages) if any(o.over == 'model' for o in s.sums.values())), default=0)
+
+    @cached_property
+    def moved(self): "Names of what a step reads and writes, once for each time, if each stage is one pass"; return [*(n for s in self.stages for n in (*s.tensors, *(s.gives if s.whole else ()))), *self.step.gives]
+
+    @cached_property
+    def kernels(self): "The stages that are kernels"; return [s for s in self.stages if s.whole is None]
 
     @cached_property
     def counters(self): "Name to the value before the first step"; return {f.name: f.start for f in self.early if f.start is not None}
@@ -385,13 +405,14 @@ def _reached(folds, names):
     return names
 
 def _needed(lines, gives):
-    "The lines that `gives` depend on, and the names that are to be there before"
-    kept, live = [], set(gives)
+    "The lines that `gives` depend on, and the names that are to be there before: what whole tensors were overwritten with is"
+    kept, live, there = [], set(gives), set()
     for l in reversed(lines):
         if live.isdisjoint(l.gives): continue
-        kept.append(l)
-        live = live.difference(l.gives) | set(l.takes)
-    return tuple(reversed(kept)), live
+        if l.whole: there.update(l.gives)
+        else: kept.append(l)
+        live = live.difference(l.gives) | (set() if l.whole else set(l.takes))
+    return tuple(reversed(kept)), live | there
 
 # %% ../../nbs/optimizer.steppers.ipynb #64bad6ed
 def _declared(uses, what):
@@ -408,7 +429,7 @@ def _lines(uses, names, given, what):
     folds = {n: o for n,o in names.items() if isinstance(o, Fold)}
     level, lines = dict.fromkeys(('p', 'g', *slots, *(n for n,o in names.items() if isinstance(o, Carried))), 0), []
     taken = {*MATH, *names, *(n for u in uses for n in (*u.gives, *dict(u.takes).values())), *(n for f in folds.values() for n in f.takes), what.lower()}
-    called = call_names([u.f for u in uses], taken)
+    called, floor = call_names([u.f for u in uses], taken), 0 # no stage of what comes now is before the last of whole tensors
     def scalar_level(n, f):
         if n in level: return level[n]
         if n not in folds:
@@ -421,7 +442,7 @@ def _lines(uses, names, given, what):
         for n,o in u.names.items():
             if not isinstance(o, Summed) or n in level: continue
             takes = _names_in(o.of)
-            level[n] = 1 + max(scalar_level(i, n) for i in takes)
+            level[n] = 1 + max([floor, *(scalar_level(i, n) for i in takes)])
             lines.append(Line((n,), takes, o.of))
         takes = tuple(n for _,n in u.takes if isinstance(n, str))
         deep = max([0, *(scalar_level(n, u.f.__name__) for n in takes)])
@@ -429,8 +450,22 @@ def _lines(uses, names, given, what):
             if n in folds or isinstance(names.get(n), (Summed, Carried)) or given is not None and n in given: raise CompositionError(f"{what}: `{u.f.__name__}` gives '{n}', which is a scalar")
             level[n] = deep
         args = ', '.join(n if isinstance(n, str) else f'{a}={n!r}' for a,n in u.takes)
-        lines.append(Line(u.gives, takes, f'{called[u.f]}({args})', u.f))
+        if u.f.declares.whole:
+            floor = 1 + max([deep, floor, *(level[n] for n,o in names.items() if isinstance(o, Summed) and n in level)])
+            tensors = {'p', 'g', *slots, *(n for l in lines if l.f for n in l.gives)}
+            lines += _whole_lines(u, called[u.f], names, takes, tensors, floor, what)
+            level[u.gives[0]] = floor = floor + 1
+        else: lines.append(Line(u.gives, takes, f'{called[u.f]}({args})', u.f))
     return lines, level
+
+def _whole_lines(use, called, names, takes, tensors, at, what):
+    "What the tensors hold before a function of whole tensors overwrites them, and its call"
+    slot = names.get(use.gives[0])
+    if not (isinstance(slot, Slot) and slot.lent and len(use.gives) == len(takes) == 1 and takes[0] in tensors):
+        raise CompositionError(f"{what}: `{use.f.__name__}` works on whole tensors: it takes one tensor and options, and gives one, which is declared as a lent slot")
+    options = {a: n for a,n in use.takes if not isinstance(n, str)}
+    shown = f"{called}({', '.join([use.gives[0], *(f'{a}={n!r}' for a,n in options.items())])})"
+    return [Line(use.gives, takes, takes[0], at=at - 1), Line(use.gives, use.gives, shown, use.f, partial(use.f, **options), at)]
 
 def compose(
     steppers, # A list of steppers, `partial`s of steppers, and lists of these
@@ -467,7 +502,7 @@ def _compose(uses, given, name, on):
     for n in order:
         if any(i in sums or i in carried or i in late for i in folds[n].inputs): late[n] = folds[n]
     _check_carried(carried, late, sums, name)
-    stages = tuple(_stage(name, lines, level, slots, sums, carried, late, at, clears) for at in range(1 + max([0, *(level[n] for n in sums)])))
+    stages = tuple(_stage(name, lines, level, slots, sums, carried, late, at, clears) for at in range(1 + max([0, *(level[n] for n in sums), *(l.at + 1 for l in lines if l.whole)])))
     needed = {i for s in stages for i in (*s.scalars, *(i for f in s.late for i in f.inputs))}
     early = tuple(folds[n] for n in order if n not in late)
     row = tuple(sorted(n for n in needed if n not in late and n not in sums and n not in carried))
@@ -481,14 +516,17 @@ def _check_carried(carried, late, sums, what):
 
 def _stage(name, lines, level, slots, sums, carried, late, at, clears):
     "The stage that is run after `at` others"
+    cut = next((i for i,l in enumerate(lines) if l.at == at), None)
+    if cut is not None and lines[cut].whole: return Stage(f'{name.lower()}_whole_{at+1}', (lines[cut],), lines[cut].gives, (), lines[cut].gives, (), {}, whole=lines[cut].whole)
     own = {n: o for n,o in sums.items() if level[n] == at+1}
-    written = {n for l in lines if l.f for n in l.gives}
-    gives = tuple(own) if own else tuple(n for n in ('p', *slots) if n in written)
-    lines, needs = _needed(lines, gives)
-    tensors = tuple(n for n in ('p', 'g', *slots) if n in needs or (not own and n in ('p', 'g')))
+    last, written = not own and cut is None, {n for l in lines if l.f and not l.whole for n in l.gives} - {n for l in lines if l.whole for n in l.gives}
+    gives = tuple(own) if own else tuple(n for n in ('p', *slots) if n in written) if last else lines[cut].gives
+    lines, needs = _needed(lines if cut is None else lines[:cut + 1], gives)
+    tensors = tuple(n for n in ('p', 'g', *slots) if n in needs or n in gives or (last and n in ('p', 'g')))
     scalars = tuple(sorted(needs - set(tensors)))
-    used = _reached(late, list(scalars) + ([*(n for n,f in late.items() if f.keep), *(c.of for c in carried.values())] if not own else []))
-    return Stage(f'{name.lower()}_sums_{at+1}' if own else name.lower(), lines, tensors, scalars, gives, tuple(f for n,f in late.items() if n in used), own, clears and not own)
+    used = _reached(late, list(scalars) + ([*(n for n,f in late.items() if f.keep), *(c.of for c in carried.values())] if last else []))
+    return Stage(f'{name.lower()}_sums_{at+1}' if own else name.lower() if last else f'{name.lower()}_fill_{at+1}', lines, tensors, scalars, gives,
+                 tuple(f for n,f in late.items() if n in used), own, clears and last)
 
 # %% ../../nbs/optimizer.steppers.ipynb #1c23f889
 def called_by(

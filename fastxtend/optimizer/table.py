@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
+from itertools import combinations
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ __all__ = ['OPTIMIZERS', 'FACTS', 'OptimizerSpec', 'own_slots', 'slots_of', 'kno
 
 # %% ../../nbs/optimizer.table.ipynb #5e5bd1d3
 OPTIMIZERS = {} # Name to `OptimizerSpec`
-FACTS = dict(numel=Tensor.numel, ndim=Tensor.dim) # What steppers may ask about a parameter, as a scalar
+FACTS = dict(numel=Tensor.numel, ndim=Tensor.dim, rows=lambda p: p.shape[0] if p.dim() else 1) # What steppers may ask about a parameter, as a scalar
 
 def _named(name): return OPTIMIZERS[name]
 
@@ -40,6 +41,7 @@ class OptimizerSpec:
     fixed:tuple=() # Names of hyperparameters that do not change, whatever a schedule says
     fine:tuple=() # Names of slots that 8 bits would harm: averages over thousands of steps, which change by less than a code in each
     check:Callable=None # Raises if a `Batch` cannot be stepped now, if there is more to check than for every optimizer
+    flags:dict=field(default_factory=dict) # Names of switches that each parameter has for itself, in its state, and what decides where it says nothing: a function of the parameter
     made_by:tuple=None # A function and its arguments that make it again, if it is in no table
 
     def __reduce__(self):
@@ -68,6 +70,12 @@ class OptimizerSpec:
         "Its steppers, joined"
         return compose(picked(self.steppers(**arguments), frozenset(on)), self.given, self.name, tuple(on))
 
+    def compositions(self,
+        **arguments, # Of the constructor, where they differ from the defaults
+    ) -> list[Composition]:
+        "The same for each combination of flags that a parameter may have"
+        return [self.composition(on, **arguments) for n in range(len(self.flags) + 1) for on in combinations(self.flags, n)]
+
     def slots(self,
         **arguments, # Of the constructor, where they differ from the defaults
     ) -> tuple[str, ...]:
@@ -89,15 +97,18 @@ class OptimizerSpec:
     @cached_property
     def kept(self): "Names of scalars that it leaves in the state"; return self.composition().kept
 
-def _all_slots(steppers):
-    "The slots of a list of steppers by name, whatever is switched on"
-    return {n: s for on in ((), switches(steppers)) for n,s in compose(picked(steppers, frozenset(on))).slots.items()}
+def _all_slots(steppers, flags=(), on=()):
+    "The slots of a list of steppers by name, whatever is switched on, but for `flags`, of which those in `on` are"
+    every = [n for n in switches(steppers) if n not in flags]
+    return {n: s for names in (on, (*on, *every)) for n,s in compose(picked(steppers, frozenset(names))).slots.items()}
 
 def own_slots(
     steppers, # A list of steppers
+    flags:tuple=(), # Names of switches that are not to change
+    on:tuple=(), # Which of them are on
 ) -> dict: # Name to `Slot`
     "The state tensors of a list of steppers, whatever is switched on"
-    return {n: s for n,s in _all_slots(steppers).items() if not s.lent}
+    return {n: s for n,s in _all_slots(steppers, flags, on).items() if not s.lent}
 
 def slots_of(
     steppers, # A list of steppers
