@@ -1347,6 +1347,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastxtend/optimizer/lists.py'),
                                            'fastxtend.optimizer.lists.WrittenWork.trust': ( 'optimizer.lists.html#writtenwork.trust',
                                                                                             'fastxtend/optimizer/lists.py'),
+                                           'fastxtend.optimizer.lists._copy': ( 'optimizer.lists.html#_copy',
+                                                                                'fastxtend/optimizer/lists.py'),
                                            'fastxtend.optimizer.lists._in_numpy': ( 'optimizer.lists.html#_in_numpy',
                                                                                     'fastxtend/optimizer/lists.py'),
                                            'fastxtend.optimizer.lists._is_odd': ( 'optimizer.lists.html#_is_odd',
