@@ -238,7 +238,9 @@ def test_products_of_a_step(model):
 @pytest.mark.parametrize('way', ALL_WAYS)
 def test_kernels_of_a_step(way):
     "Two of matrices and one of the rest"
-    opt = build('Muon', make_params(SMALL), way)
+    params = make_params(SMALL)
+    opt = build('Muon', params, way)
+    set_grads(params, params)
     assert kernels_of('Muon', SMALL) == (3, 0)
     assert len(opt.gather()) == 2 and [len(b) for b in opt.gather()] == [2, 3]
 
