@@ -5,6 +5,7 @@ EXTRAS ?= dev,fused,bench
 CONSTRAINTS ?= constraints.txt
 DATA ?=
 JOBS ?= 2
+NOTEBOOKS ?= $(wildcard nbs/*.ipynb)
 
 bin := $(VENV)/bin
 ready := $(VENV)/.ready
@@ -44,15 +45,15 @@ lint: setup ## Mistakes that ruff finds; it leaves the style alone
 types: setup ## Do typical uses pass a type checker (pyright), and are mistakes found?
 	@$(bin)/basedpyright --pythonpath $(bin)/python
 
-nbtest: setup ## Run the notebooks, each in a process of its own
-	@printf '%s\n' nbs/*.ipynb | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/nbdev-test {} --n-workers 0 --do-print
+nbtest: setup ## Run the notebooks, each in a process of its own; NOTEBOOKS=nbs/optim.ipynb chooses
+	@OMP_WAIT_POLICY=passive $(bin)/python .ci/nbtest.py $(JOBS) $(NOTEBOOKS)
 
 pytest: setup ## Run the tests; ARGS="-k adam" chooses
-	OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 coverage: setup ## Which lines of fastxtend neither a test nor a notebook runs: a table, and pages in htmlcov
 	rm -f .coverage .coverage.*
-	OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest -n $(JOBS) $(ARGS)
+	OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 	printf '%s\n' nbs/*.ipynb | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/coverage run $(bin)/nbdev-test {} --n-workers 0 --do-print
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage html --quiet
@@ -104,7 +105,7 @@ memcheck: setup ## Steps of all optimizers under Valgrind (to be installed by yo
 soak: setup ## The long runs: 20,000 sequences of the adversary, 50,000 random cases, 100,000 steps of each backend, 60 kills, and every case of every test
 	ADVERSARY_SEQUENCES=20000 PROPERTY_EXAMPLES=50000 FASTXTEND_SOAK_STEPS=12500 FASTXTEND_KILLS=20 OMP_WAIT_POLICY=passive \
 		$(bin)/python -m pytest -n $(JOBS) -s tests/test_adversary.py tests/test_property.py tests/test_soak.py tests/test_resume.py $(ARGS)
-	SOAK=1 OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) $(ARGS)
+	SOAK=1 OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 clean: ## Remove what was built, but not the environment
 	rm -rf build dist wheels *.egg-info demo_out bench_out _docs _proc htmlcov .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache

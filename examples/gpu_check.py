@@ -441,12 +441,12 @@ def one_pass(names):
 
 def sweep(names):
     "Milliseconds on the device with other blocks and warps. Those in use are marked"
-    base, used = dict(cuda.OPTIONS), dict(cuda.FORMATS)
+    base, used = dict(cuda.OPTIONS), dict(cuda.PRECISIONS)
     try:
         for dtype in DTYPES.values():
             for block in (512, 1024, 2048, 4096)[:2 if INTERPRET else None]:
                 for warps in (4, 8)[:1 if INTERPRET else None]:
-                    cuda.FORMATS[dtype], cuda.OPTIONS['num_warps'] = replace(used[dtype], block=block), warps
+                    cuda.PRECISIONS[dtype], cuda.OPTIONS['num_warps'] = replace(used[dtype], block=block), warps
                     cuda.constants.cache_clear()
                     contest = Kept(gpu.models[0], 'Adam', ['fused'], device=str(gpu.device), dtype=dtype)
                     step = contest.build()['fused']
@@ -454,7 +454,7 @@ def sweep(names):
                     mark = '*' if (block, warps) == (used[dtype].block, base['num_warps']) else ''
                     yield dict(dtype=str(dtype)[6:], block=block, warps=warps, device=number(gpu.timed(step)[1]) + mark)
     finally:
-        cuda.OPTIONS.update(base); cuda.FORMATS.update(used)
+        cuda.OPTIONS.update(base); cuda.PRECISIONS.update(used)
         cuda.constants.cache_clear()
 
 def rest_parity(names):

@@ -7,29 +7,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial, wraps
 
 import torch
 from fastcore.basics import patch
+from fastcore.docments import docments
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .optimizer.all import OPTIMIZERS
 from .optimizer.attach import read_together, unscaling
 from .optimizer.batch import as_number, check_params, describe
 from .optimizer.core import check_k, flags_on, in_full
 from .optimizer.declare import STORED, backend_of, build
+from .optimizer.formats import EXACT
 from .optimizer.fused import RADAM_SCALARS, adam_step, momentum_step, sgd_step
 from .optimizer.kernels import check_numba
 from .optimizer.nadam import nadam_step
+from .optimizer.report import Report
 from .optimizer.steppers import (STEP, Switch, add_momentum, apply, args_of, average_grad, average_sqr_grad, decay, folded, l2_reg, maximum,
                                           slot, sqrt, stepper, unwrapped, where)
 from .optimizer.muon import COEFFICIENTS
 from .optimizer.table import OptimizerSpec, own_slots
 
 # %% auto #0
-__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'OTHERS', 'REFUSED', 'STRUCTURE', 'WAYS', 'add_dampened',
+__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'OTHERS', 'REFUSED', 'LOST_BITS', 'STRUCTURE', 'WAYS', 'add_dampened',
            'look_ahead', 'ascend', 'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column',
-           'column_of', 'renamed', 'TorchStyle', 'torch_class']
+           'column_of', 'renamed', 'TorchStyle', 'help_of', 'torch_class']
 
 # %% ../nbs/optim.ipynb #c7de87d0
 def _share(dampening, step): return 1. - dampening if step > 1 else 1.
@@ -187,6 +191,7 @@ def renamed(
 
 # %% ../nbs/optim.ipynb #dba83f73
 REFUSED = 'differentiable', 'capturable' # Options of `torch.optim` that have to be off
+LOST_BITS = EXACT.names('p') # Names in the state of what keeps exact weights
 STRUCTURE = 'momentum', 'dampening' # Numbers for which it matters whether they are zero
 WAYS = 'foreach', 'fused', *STORED # How it steps, and how tensors are kept, which `torch.optim` leaves no choice of
 
@@ -201,7 +206,7 @@ def _check(o):
 
 class TorchStyle(torch.optim.Optimizer):
     "An optimizer of this library as a `torch.optim.Optimizer`"
-    column, structure = None, () # Its `Column`, and names of the options that decide what a step consists of
+    column, structure = None, () # Its `Column`, and names of the options that decide what a step consists of, besides `WAYS`
     _step_supports_amp_scaling = True # `GradScaler` leaves it to `step` to divide by `grad_scale`, and to do nothing after `found_inf`
 
     def __init__(self, params, *args, **kwargs):
@@ -263,7 +268,7 @@ def backend(self:TorchStyle,
     return 'fused'
 
 @patch
-def kind(self:TorchStyle, group): return tuple([_as_tuple(group.get(n)) if n in (*WAYS, *self.column.options) else bool(group.get(n)) for n in self.structure])
+def kind(self:TorchStyle, group): return *map(group.get, WAYS), *map(bool, map(group.get, self.structure)), *[_as_tuple(group.get(n)) for n in self.column.options]
 
 def _as_tuple(x): return tuple(x) if isinstance(x, list) else x
 
@@ -292,7 +297,8 @@ def make_engine(self:TorchStyle,
             if n in column.inner: s.setdefault(n, 1) # not the first step
         if engine.slot_dtype is not None:
             for n in [n for n in engine.own_slots if n in s]: s.update(engine._loaded_slot(p, n, s[n], s))
-    if engine.own_slots or numbers: engine.state = state # else nothing is kept
+    if engine.own_slots or numbers or engine.exact: engine.state = state # else nothing is kept
+    if any(c.carried for c in engine.compositions()): engine.carried = group.setdefault('carried', {})
     return engine
 
 @patch
@@ -309,14 +315,13 @@ def engines(self:TorchStyle) -> list:
     kinds = {}
     for g in self.param_groups:
         if g['params']: kinds.setdefault(self.kind(g), []).append(g)
-    for kind in set(self._engines) - set(kinds): del self._engines[kind]
+    for kind in [k for k in self._engines if k not in kinds]: del self._engines[kind]
     for kind,groups in kinds.items():
         if kind not in self._engines:
             for g in groups: self.check_group(g)
             self._engines[kind] = self.make_engine(groups)
         engine = self._engines[kind]
         engine.param_lists, engine.hypers = [g['params'] for g in groups], [self.hypers(g) for g in groups]
-        if any(c.carried for c in engine.compositions()): engine.carried = groups[0].setdefault('carried', {})
     return [self._engines[k] for k in kinds]
 
 # %% ../nbs/optim.ipynb #d2c0ffee
@@ -324,6 +329,7 @@ def engines(self:TorchStyle) -> list:
 def scaling(self:TorchStyle) -> float|None: # What gradients are to be multiplied by; `None` if nothing may be stepped
     "What `GradScaler` left in `grad_scale` and `found_inf`"
     scale, found = getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)
+    if scale is None and found is None: return 1.
     scale, found = read_together(1. if scale is None else scale, 0. if found is None else found)
     return None if found else 1/scale
 
@@ -359,6 +365,23 @@ def step(self:TorchStyle,
 def _uncompiled(opt, closure):
     "The step in a function that `torch.compile` takes: there is nothing in it for a compiler"
     return opt.step(closure)
+
+# %% ../nbs/optim.ipynb #6b1e0f3b
+def _if_heard(wrapped):
+    "`wrapped`, a step as PyTorch wraps it, if there is a hook or a profiler, and else the step in it"
+    @wraps(wrapped)
+    def step(self, *args, **kwargs):
+        heard = (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+                 or torch.autograd._profiler_enabled())
+        return (wrapped if heard else wrapped.__wrapped__)(self, *args, **kwargs)
+    step.listens = True
+    return step
+
+@patch
+def _patch_step_function(self:TorchStyle):
+    torch.optim.Optimizer._patch_step_function(self)
+    cls = type(self)
+    if not hasattr(cls.step, 'listens'): cls.step = _if_heard(cls.step)
 
 # %% ../nbs/optim.ipynb #74572343
 def _numbers(composition):
@@ -398,9 +421,19 @@ def hide_state(self:TorchStyle):
 def state_dict(self:TorchStyle) -> dict:
     "State and groups, as those of `torch.optim`"
     sd, inner = torch.optim.Optimizer.state_dict(self), self.column.inner
-    def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in in_full(s).items() if n not in inner}
+    def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in {**in_full(s), **{n: s[n] for n in LOST_BITS if n in s}}.items() if n not in inner}
     groups = [{**g, 'carried': {n: float(x) for n,x in g['carried'].items()}} if 'carried' in g else g for g in sd['param_groups']]
     return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items()}, 'param_groups': groups}
+
+@patch
+def load_state_dict(self:TorchStyle,
+    state_dict:dict, # What `state_dict` returned, here or in `torch.optim`
+):
+    "Load what was saved, or raise and change nothing. PyTorch casts state to the dtype of the parameter, so that of exact weights is put back"
+    torch.optim.Optimizer.load_state_dict(self, state_dict)
+    saved = [state_dict['state'].get(i, {}) for g in state_dict['param_groups'] for i in g['params']]
+    for (p,exact),s in zip([(p, g['weights'] == 'exact') for g in self.param_groups for p in g['params']], saved):
+        if exact: self.__dict__['state'][p].update({n: v.to(p.device, copy=True) for n,v in s.items() if torch.is_tensor(v)})
 
 @patch
 def check_state(self:TorchStyle,
@@ -416,7 +449,7 @@ def check_state(self:TorchStyle,
             s = state.get(p)
             if not s: continue
             slots, keeps = kept(flags_on(spec.flags, p, {}))
-            for n in sorted(set(s) - keeps): raise ValueError(f"The saved state is of another optimizer: it has '{n}', which {name}, with the options of its group, does not keep")
+            for n in sorted(set(s) - keeps - set(LOST_BITS if group['weights'] == 'exact' else ())): raise ValueError(f"The saved state is of another optimizer: it has '{n}', which {name}, with the options of its group, does not keep")
             for n in sorted(keeps - set(s) - set(self.column.inner)): raise ValueError(f"The saved state is of another optimizer: it has no '{n}', which {name} keeps")
             for n in slots:
                 if torch.is_tensor(s[n]) and s[n].shape != p.shape: raise ValueError(f"The saved '{n}' of a parameter of {describe(p)} is {describe(s[n])}: is it the state of another model?")
@@ -444,6 +477,53 @@ def eval(self:TorchStyle):
     "After training: Schedule-Free weights go to their average"
     for engine in self.engines(): engine.eval()
 
+# %% ../nbs/optim.ipynb #9d3a1c56
+@patch
+def backend_report(self:TorchStyle) -> Report:
+    "Which parameters ran where in the last step that had any, and why, and what their state is kept in; before the first step what is to be expected"
+    place = {id(p): (i, j) for i,g in enumerate(self.param_groups) for j,p in enumerate(g['params'])}
+    engines = self.engines()
+    reports = [engine.backend_report() for engine in engines]
+    rows = {place[id(e.param_lists[o.group][o.index])]: o for e,r in zip(engines, reports) for o in r}
+    return Report([replace(rows[i, j], group=i, index=j) for i,j in sorted(rows)], '; '.join(dict.fromkeys(r.title for r in reports)))
+
+# %% ../nbs/optim.ipynb #3f0b9e21
+def _about(
+    params, # Parameters, or dicts of groups with options of their own
+    lr, # Learning rate: a number, or a tensor of one element
+    weight_decay, # Weight decay
+    dampening, # How much of each gradient but the first is left out of the average
+    nesterov, # Step along the gradient and its new average?
+    centered, # Divide by the standard deviation, and not by the root of the mean square?
+    amsgrad, # Divide by the root of the largest mean square so far?
+    decoupled_weight_decay, # True weight decay, or L2 regularization?
+    maximize, # Go up, and not down?
+    foreach, # `True`: all parameters together, with `torch._foreach_*`; `False`: one parameter after the other
+    fused, # `True`: one kernel, or an error if there can be none; `False`: no kernel; without either flag a kernel where there can be one
+    capturable, # Has to be off
+    differentiable, # Has to be off
+): "What is told of arguments of `torch.optim`"
+
+def _own_spec(cls):
+    "The entry of the optimizer, or of the one that PyTorch derives it from"
+    specs = {n.lower(): s for n,s in OPTIMIZERS.items()}
+    return next(specs[n] for n in (c.__name__.lower() for c in (cls, *getattr(cls.column.like, '__mro__', ()))) if n in specs)
+
+def help_of(
+    cls:type, # An optimizer of this module
+    what:str, # It is
+) -> str:
+    "What it is, and what its arguments mean"
+    own, about = docments(_own_spec(cls).constructor), {}
+    for n,(k,_) in cls.column.names.items(): about.setdefault(k, []).append(own.get(n))
+    told = {**own, **{k: '; '.join(filter(None, o)) for k,o in about.items()}, **{k: o for k,o in docments(_about).items() if o}}
+    return '\n'.join([what, '', 'Args:', *(f'    {n}: {told[n]}' for n in cls.__signature__.parameters)])
+
+class _Help:
+    "The documentation of a class, put together when somebody asks"
+    def __init__(self, what): self.what = what
+    def __get__(self, opt, cls): return help_of(cls, self.what)
+
 # %% ../nbs/optim.ipynb #4b9e68b1
 def torch_class(
     name:str, # Of the class
@@ -454,8 +534,8 @@ def torch_class(
     P = inspect.Parameter
     params = [*inspect.signature(column.like).parameters.values()] if column.like else [P('params', P.POSITIONAL_OR_KEYWORD), *(P(n, P.POSITIONAL_OR_KEYWORD if i < 2 else P.KEYWORD_ONLY, default=d) for i,(n,d) in enumerate(column.defaults.items()))]
     params += [P(n, P.KEYWORD_ONLY, default=None) for n in WAYS if n not in {p.name for p in params}]
-    structure = tuple(p.name for p in params if isinstance(p.default, bool) or p.name in (*STRUCTURE, *WAYS, *column.options))
-    return type(name, (TorchStyle,), dict(column=column, structure=structure, __signature__=inspect.Signature(params), __doc__=doc, __module__=__name__))
+    structure = tuple(p.name for p in params if p.name not in (*WAYS, *column.options) and (isinstance(p.default, bool) or p.name in STRUCTURE))
+    return type(name, (TorchStyle,), dict(column=column, structure=structure, __signature__=inspect.Signature(params), __doc__=_Help(doc), __module__=__name__))
 
 _classes = {n: torch_class(n, c, f"`torch.optim.{n}`, in one kernel") for n,c in COLUMNS.items()}
 _classes.update({n: torch_class(n, OTHERS.get(n) or column_of(s), s.constructor.__doc__) for n,s in OPTIMIZERS.items() if n.lower() not in {c.lower() for c in COLUMNS}})

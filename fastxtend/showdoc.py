@@ -66,7 +66,7 @@ def bytes_moved(
     spec:OptimizerSpec, # An optimizer
 ) -> int:
     "Bytes that a step of float32 reads and writes for each element of most parameters, if each stage is one pass"
-    return 4*spec.compositions()[-1].moved
+    return 4*len(spec.compositions()[-1].moved)
 
 def _state(spec):
     "Names of what it keeps, in words"

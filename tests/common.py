@@ -1,15 +1,16 @@
 "What the tests of the optimizers share: the table's rows, parameters, gradients, schedules and tolerances"
 from __future__ import annotations
 
-import inspect, io, itertools, math, os, subprocess, sys
+import inspect, io, itertools, math, multiprocessing, os, subprocess, sys, threading, warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from textwrap import dedent
+from unittest.mock import patch
 
 import numpy as np, torch
-from fastai.callback.schedule import combined_cos
 from fastcore.all import L, noop
 from torch import Tensor
 
@@ -122,6 +123,7 @@ def make_grads(shapes, dtype=torch.float32, steps=100, seed=1):
 
 def one_cycle(opt):
     "What `fit_one_cycle` writes into the hyperparameters of `opt` in each batch, as a function of the part of training done"
+    from fastai.callback.schedule import combined_cos # brings all of fastai, which takes seconds
     lr = np.array([h['lr'] for h in opt.hypers])
     scheds = dict(lr=combined_cos(.25, lr/25, lr, lr/1e5), mom=combined_cos(.25, .95, .85, .95))
     def anneal(pct):
@@ -218,6 +220,40 @@ def has_triton():
     "Is there a Triton that the CUDA kernels can use?"
     if find_spec('triton') is None: return False
     return tuple(map(int, version('triton').split('.')[:2])) >= (3, 5)
+
+@lru_cache(None)
+def processes():
+    """Makes processes from one that has imported fastai, which takes seconds, and has neither Numba nor threads. Allocators give back what is freed:
+    limits of memory mean what they say"""
+    from multiprocessing import forkserver
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['common', 'fastai.basics', 'pytest'])
+    path = os.pathsep.join(dict.fromkeys([os.path.dirname(__file__), *filter(None, sys.path)]))
+    with patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='1', MALLOC_MMAP_THRESHOLD_='65536'): forkserver.ensure_running()
+    return ctx
+
+def _execute(out, code, args, env):
+    assert 'numba' not in sys.modules
+    for fd in (1, 2): os.dup2(out.fileno(), fd)
+    os.environ.update(env)
+    sys.argv[1:] = args
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
+    exec(compile(dedent(code), '<code>', 'exec'), {'__name__': '__main__'})
+
+def printed(code, *args, timeout=600, **env):
+    "Run `code` on one thread, in a process of its own that has to end well within `timeout` seconds; the last line that it prints"
+    read, write = processes().Pipe(duplex=False)
+    process = processes().Process(target=_execute, args=(write, code, args, env))
+    process.start()
+    write.close()
+    clock = threading.Timer(timeout, process.kill)
+    clock.start()
+    with open(read.fileno(), closefd=False, errors='replace') as f: out = f.read()
+    process.join()
+    clock.cancel()
+    assert process.exitcode == 0, f'{process.exitcode}\n{out[-8000:]}'
+    return out.splitlines()[-1]
 
 INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1' # Triton decides when it is imported whether it interprets
 

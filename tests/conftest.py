@@ -9,8 +9,8 @@ from hypothesis import settings
 settings.register_profile('fastxtend', derandomize=True, deadline=None, print_blob=True)
 settings.load_profile('fastxtend')
 
-# Products of optimizers and storage formats or options: a sample of them in `make test`, all of them in `make soak`
-PRODUCTS = {'test_exact', 'test_int8', 'test_formats', 'test_optim', 'test_modifiers'}
+# Products of optimizers and storage formats, options or GPUs, by module or by test: a sample of them in `make test`, all of them in `make soak`
+PRODUCTS = {'test_exact', 'test_int8', 'test_formats', 'test_optim', 'test_modifiers', 'test_machine_code'}
 ONE_IN = 4
 
 def name_of(item):
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
     def runs(item):
         params, name = getattr(getattr(item, 'callspec', None), 'params', {}), name_of(item)
         if 'jit' in [params.get(k) for k in ('way', 'source', 'target')] and name in OPTIMIZERS and OPTIMIZERS[name].jit is None: return False
-        sampled = item.module.__name__ in PRODUCTS or name in OPTIMIZERS and OPTIMIZERS[name].native is None
+        sampled = bool(PRODUCTS & {item.module.__name__, item.originalname}) or name in OPTIMIZERS and OPTIMIZERS[name].native is None
         return everything or not params or not sampled or zlib.crc32(item.nodeid.encode()) % ONE_IN == 0
     dropped = [i for i in items if not runs(i)]
     if dropped: config.hook.pytest_deselected(items=dropped)

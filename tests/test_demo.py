@@ -1,5 +1,5 @@
 "The demo on a small folder of images: what it prints, that it notices a backend that is wrong, and bad input"
-import os, re, subprocess, sys
+import re, runpy, sys
 from pathlib import Path
 
 import numpy as np, pytest
@@ -91,11 +91,12 @@ def test_bad_folder(tmp_path, names, message):
 def test_unknown_optimizer(folder, tmp_path):
     with pytest.raises(SystemExit, match='There is no optimizer adamw: use one of sgd, '): run(folder, tmp_path, optimizer='adamw')
 
-def test_help_and_exit_status(tmp_path):
-    def script(*args):
-        env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent.parent)}
-        return subprocess.run([sys.executable, demo.__file__, *args], capture_output=True, text=True, env=env)
-    res = script('--help')
-    assert res.returncode == 0 and '--data' in res.stdout and 'subfolder' in res.stdout
-    res = script('--data', tmp_path/'none')
-    assert res.returncode == 1 and res.stderr.startswith('There is no folder')
+def test_help_and_exit_status(tmp_path, monkeypatch, capsys):
+    def code_of(*args):
+        monkeypatch.setattr(sys, 'argv', [demo.__file__, *args])
+        with pytest.raises(SystemExit) as e: runpy.run_path(demo.__file__, run_name='__main__')
+        return e.value.code
+    assert not code_of('--help')
+    out = capsys.readouterr().out
+    assert '--data' in out and 'subfolder' in out
+    assert code_of('--data', str(tmp_path/'none')).startswith('There is no folder')

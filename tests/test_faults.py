@@ -1,23 +1,13 @@
-"Memory that may not be touched, memory that there is not, and a disk that is full. Each test has an interpreter of its own"
-import os, subprocess, sys
-from pathlib import Path
-from textwrap import dedent
+"Memory that may not be touched, memory that there is not, and a disk that is full. Each test has a process of its own"
+import sys
 
 import pytest
 from common import *
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith('linux'), reason="needs mprotect, and limits of resources")
-root = Path(__file__).parent.parent
 
 each_name = pytest.mark.parametrize('name', NAMES)
 each_way = pytest.mark.parametrize('way', BACKENDS)
-
-def python(code, *args, **env):
-    "Run `code`, which has to end well; the last line that it prints"
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', dedent(code), *args], cwd=root, capture_output=True, text=True, timeout=900,
-                         env={**os.environ, 'PYTHONPATH': f'{root}:{root/"tests"}', 'OMP_NUM_THREADS': '1', 'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_THRESHOLD_': '65536', **env})
-    assert res.returncode == 0, f'{res.returncode}\n{res.stdout[-4000:]}{res.stderr[-4000:]}'
-    return res.stdout.splitlines()[-1]
 
 # Memory that begins or ends where a page begins that nobody may read or write
 GUARDED = '''
@@ -103,7 +93,7 @@ STEPS_BETWEEN_GUARDS = GUARDED + '''
 @each_name
 def test_kernels_touch_nothing_else(name):
     "Parameters, gradients and state between guard pages, gradients read-only: reading or writing one byte too much ends the process"
-    assert python(STEPS_BETWEEN_GUARDS, name).endswith(' runs')
+    assert printed(STEPS_BETWEEN_GUARDS, name).endswith(' runs')
 
 PROBE_BETWEEN_GUARDS = GUARDED + '''
     from fastxtend.optimizer.plan import compiled
@@ -125,7 +115,7 @@ PROBE_BETWEEN_GUARDS = GUARDED + '''
 
 def test_the_look_reads_no_data():
     "Looking at all tensors of a step asks where they are, and reads nothing there"
-    assert python(PROBE_BETWEEN_GUARDS, 'any') == 'read none'
+    assert printed(PROBE_BETWEEN_GUARDS, 'any') == 'read none'
 
 def test_the_look_finds_its_way_within_tensors(monkeypatch):
     "Where PyTorch keeps a tensor's dispatch keys is found by reading the memory of tensors, and none besides"
@@ -144,8 +134,8 @@ def test_the_look_finds_its_way_within_tensors(monkeypatch):
 NO_MEMORY = '''
     import gc, resource, sys
     from common import *
-    way, when, spare = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    SHAPES = ((1000, 1000), (7,), (1500, 1000), (1200, 1000), (3,))
+    way, when, spare = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    SHAPES = ((500, 500), (7,), (750, 500), (600, 500), (3,))
     SMALLER = ((3,), (5,))
     limits = resource.getrlimit(resource.RLIMIT_AS)
 
@@ -159,7 +149,7 @@ NO_MEMORY = '''
         "The error of `step` with not much more memory than there is now"
         gc.collect()
         with open('/proc/self/statm') as f: size = int(f.read().split()[0])*resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + spare*2**20, limits[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (size + int(spare*2**20), limits[1]))
         try: step()
         except (RuntimeError, MemoryError) as e: return type(e)
         finally: resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -181,20 +171,20 @@ NO_MEMORY = '''
         assert_same(result(native, native_params), result(opt, params), 2*TOLERANCE[way])
         return 'refused' if error else 'stepped'
 
-    wrong = []
+    wrong, found = [], []
     for name in NAMES:
-        try: print(name, run(name))
+        try: found.append(run(name))
         except Exception as e: wrong.append(f'{name}: {e}')
-    print('; '.join(wrong) or 'nothing changed')
+    print('; '.join(wrong) or ', '.join(sorted({*found})))
 '''
 
 @pytest.mark.slow
 @pytest.mark.parametrize('way', ['fused']) # ForEach and TorchScript need memory for intermediate results, and may stop halfway
-@pytest.mark.parametrize('when', ['first', 'later'])
-@pytest.mark.parametrize('spare', [2, 10])
+@pytest.mark.parametrize('when,spare', [('first', .5), ('first', 2.5), ('later', .5)]) # MiB: less than the first tensor of the state, and two of them
 def test_out_of_memory(way, when, spare):
-    "In the first step, which makes the state, or a later one: an error, and nothing has changed"
-    assert python(NO_MEMORY, way, when, str(spare)) == 'nothing changed'
+    "In the first step, which makes the state, or a later one: an error, and nothing has changed; or it needed none"
+    found = printed(NO_MEMORY, way, when, str(spare))
+    assert found in ('refused, stepped', 'refused') if when == 'first' else found in ('stepped', 'refused, stepped', 'refused'), found
 
 # A disk that is full
 
@@ -217,4 +207,4 @@ FULL = '''
 @pytest.mark.parametrize('limit', [0, 2000, 20_000])
 def test_disk_full_while_compiling(limit, tmp_path):
     "Files of the cache cannot be written, or end too early: the kernel works without, and the next process with what is there"
-    for size in (str(limit), 'no limit'): assert python(FULL, size, NUMBA_CACHE_DIR=str(tmp_path)) == 'stepped'
+    for size in (str(limit), 'no limit'): assert printed(FULL, size, NUMBA_CACHE_DIR=str(tmp_path)) == 'stepped'

@@ -16,7 +16,7 @@ from fastxtend.optimizer.table import OPTIMIZERS
 p = torch.nn.Parameter(torch.ones(300, 300)); p.grad = torch.ones_like(p)
 opt = Lamb([p], lr=.1, wd=0., fused=True)
 opt.step()
-float32, names = cpu.FORMATS[torch.float32], ('p', 'g', 'grad_avg', 'sqr_avg')
+float32, names = cpu.CODECS[torch.float32], ('p', 'g', 'grad_avg', 'sqr_avg')
 composition = OPTIMIZERS['Lamb'].composition()
 hits = [cpu.compiled(s, (float32,)*4, names, composition.row + tuple(n for n in s.scalars if n not in composition.row)).cache_hits for s in composition.stages]
 '''
@@ -27,7 +27,7 @@ def python(code, before='', **env):
     assert res.returncode == 0, res.stderr
     return res.stdout.split()
 
-REPORT = "print(float(p[0, 0]), sum(hits)//2, sum(cpu.driver(True, torch.ones(1).numpy().dtype).stats.cache_hits.values()))"
+REPORT = "print(float(p[0, 0]), sum(hits)//2, sum(cpu.driver(True).stats.cache_hits.values()))"
 
 def ones_like(params): return list(map(torch.ones_like, params))
 
@@ -39,7 +39,7 @@ def test_second_process_does_not_compile(tmp_path):
 def test_serial_driver_is_not_taken_for_the_parallel_one(tmp_path):
     "Numba's cache does not know them apart by their options"
     threads = dict(OMP_NUM_THREADS='2', NUMBA_NUM_THREADS='2')
-    serial = 'import torch, numpy as np; from fastxtend.optimizer import cpu; cpu.driver(False, np.dtype("float32"));'
+    serial = 'from fastxtend.optimizer import cpu; cpu.driver(False);'
     python('', before=serial, NUMBA_CACHE_DIR=str(tmp_path/'a'), **threads)
     for name,before in (('a', ''), ('b', serial)):
         hits = python(REPORT, before=before, NUMBA_CACHE_DIR=str(tmp_path/name), **threads)[2]
@@ -62,7 +62,7 @@ def test_cache_knows_a_stepper_by_its_arithmetic():
     "Two steppers of one name do not share machine code"
     def address():
         stage = compose([move]).step
-        return cpu.compiled(stage, (cpu.FORMATS[torch.float32],)*2, ('p', 'g'), ('lr',)).address
+        return cpu.compiled(stage, (cpu.CODECS[torch.float32],)*2, ('p', 'g'), ('lr',)).address
     @stepper('p')
     def move(p, g, lr): return p - lr*g
     first = address()
@@ -100,7 +100,7 @@ def test_workers_of_a_dataloader():
 def runs(monkeypatch):
     "Which drivers were asked for"
     asked, driver = [], cpu.driver
-    monkeypatch.setattr(cpu, 'driver', lambda parallel, dtype: (asked.append(parallel), driver(parallel, dtype))[1])
+    monkeypatch.setattr(cpu, 'driver', lambda parallel: (asked.append(parallel), driver(parallel))[1])
     return asked
 
 @pytest.mark.parametrize('threads,size,parallel', [(1, 2**18, False), (2, 2**18, True), (2, 100, False)])

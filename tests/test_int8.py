@@ -71,8 +71,8 @@ def test_adversarial_blocks(dtype):
         scales, = ROOTS[dtype].start(t)
         if way == 'plain': ROOTS[dtype].split(x, t, scales); y = ROOTS[dtype].join(t, scales)
         else:
-            from fastxtend.optimizer.cpu import FORMATS
-            FORMATS[dtype].close(x.numpy(), t.data_ptr(), scales.data_ptr(), 0, len(x)); FORMATS[dtype].open(y.numpy(), t.data_ptr(), scales.data_ptr(), 0, len(x))
+            from fastxtend.optimizer.cpu import CODECS
+            CODECS[ROOTS[dtype]].close(x.numpy(), t.data_ptr(), scales.data_ptr(), 0, len(x)); CODECS[ROOTS[dtype]].open(y.numpy(), t.data_ptr(), scales.data_ptr(), 0, len(x))
         for (n,a),b in zip(blocks.items(), y.split(BLOCK)):
             if n in ('nan', 'inf'): assert not b.isfinite().any()
             elif n in ('zero', 'denormal'): assert (b <= SMALLEST).all() and (n != 'zero' or (b == 0).all())

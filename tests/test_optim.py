@@ -1,12 +1,14 @@
 "`fastxtend.optim` against `torch.optim`: numbers, checkpoints, and what training loops do to an optimizer"
-import copy, io, pickle, subprocess, sys
+import copy, io, pickle, pydoc, subprocess, sys
 from itertools import product
 
 import pytest, torch
+from common import SOAK
 from fastxtend import optim as ours
 from fastxtend.optim import COLUMNS, WAYS
 from fastxtend.optimizer.declare import STATES
 from torch.optim import lr_scheduler as sched
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 SHAPES = (4, 3), (5,), (1,), (2, 3, 2)
 LISTED = [n for n in ours.__all__ if n not in COLUMNS]
@@ -38,17 +40,35 @@ OPTIONS = dict(
     NAdam=[dict(decoupled_weight_decay=d, momentum_decay=.01) for d in (False, True)],
     RAdam=[dict(decoupled_weight_decay=d, eps=1e-4) for d in (False, True)])
 
+def all_options(name):
+    "Ours, and those of PyTorch's own tests; in a soak test every combination of the values that are in them"
+    pytest.importorskip('expecttest') # which PyTorch's tests need
+    from torch.testing._internal.common_optimizers import optim_db
+    theirs = next(o for o in optim_db if o.optim_cls.__name__ == name).optim_inputs_func(device='cpu')
+    listed = [*(dict(lr=1e-2, weight_decay=wd, maximize=m, **o) for o,wd,m in product(OPTIONS[name], (0, .1), (False, True))), *(o.kwargs for o in theirs)]
+    if not SOAK: return listed
+    default = torch_opt(name, parameters()).defaults
+    values = {k: {repr(o[k]): o[k] for o in (default, *listed) if k in o} for o in listed for k in o}
+    return [dict(zip(values, vs)) for vs in product(*(o.values() for o in values.values()))]
+
+def is_taken(name, options):
+    "Does `torch.optim` take it? It has no Nesterov step without momentum"
+    try: torch_opt(name, parameters(), **options)
+    except ValueError: return False
+    return True
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 @pytest.mark.parametrize('name', COLUMNS)
-def test_numbers(name):
-    "100 steps in float64, for all options and ways to step"
-    for options,wd,maximize in product(OPTIONS[name], (0, .1), (False, True)):
-        kwargs = dict(lr=1e-2, weight_decay=wd, maximize=maximize, **options)
-        expected = parameters()
-        run(torch_opt(name, expected, **kwargs), expected, 100)
+def test_numbers(name, dtype):
+    "100 steps, for all options and ways to step: in float64 to the last digits, in float32 within what PyTorch allows its own"
+    for options in all_options(name):
+        if not is_taken(name, options): continue
+        expected = parameters(dtype=dtype)
+        run(torch_opt(name, expected, **options), expected, 100)
         for flags in FLAGS:
-            ps = parameters()
-            run(getattr(ours, name)(ps, **kwargs, **flags), ps, 100)
-            assert_close(ps, expected)
+            ps = parameters(dtype=dtype)
+            run(getattr(ours, name)(ps, **options, **flags), ps, 100)
+            assert_close(ps, expected, 1e-10 if dtype == torch.float64 else None)
 
 @pytest.mark.parametrize('name', COLUMNS)
 def test_defaults(name):
@@ -237,18 +257,6 @@ def test_import():
     code = "import sys, fastxtend.optim; print([m for m in sys.modules if m.startswith(('fastai.vision', 'fastai.text', 'timm', 'numba.core', 'triton.runtime'))])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
-@pytest.mark.parametrize('name', COLUMNS)
-def test_numbers_in_float32(name):
-    "50 steps in float32, for all options and ways to step, within what PyTorch allows its own"
-    for options,wd,maximize in product(OPTIONS[name], (0, .1), (False, True)):
-        kwargs = dict(lr=1e-3, weight_decay=wd, maximize=maximize, **options)
-        expected = parameters(dtype=torch.float32)
-        run(torch_opt(name, expected, **kwargs), expected, 50)
-        for flags in FLAGS:
-            ps = parameters(dtype=torch.float32)
-            run(getattr(ours, name)(ps, **kwargs, **flags), ps, 50)
-            for p,e in zip(ps, expected): torch.testing.assert_close(p, e)
-
 def test_nothing_half_stepped():
     "If a group of another kind is refused, none has stepped, and the next step goes on"
     a, b = parameters(), parameters()
@@ -369,6 +377,57 @@ def test_state_formats(name, state):
     for i in range(2, 4): go_on(opt, ps, i), go_on(loaded, qs, i)
     assert_close(ps, qs, 5e-4 if state == 'int8' else 0) # and with the last bit of a scale, it is another draw of how a number is rounded
     with pytest.raises(ValueError, match='fused=True'): getattr(ours, name)(ps, state=state, foreach=True)
+
+@pytest.mark.parametrize('name', ['AdamW', 'SGD', 'Lion'])
+def test_exact_weights(name, tmp_path):
+    "A training with exact weights that is saved and loaded goes on bit for bit; without the option, the same checkpoint is refused"
+    def go_on(opt, p, start):
+        for i in range(start, start + 3):
+            p.grad = torch.randn(70, 128, generator=torch.Generator().manual_seed(i)).bfloat16()
+            opt.step()
+    p = torch.randn(70, 128, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    opt = getattr(ours, name)([p], weights='exact', lr=1e-3)
+    go_on(opt, p, 1)
+    torch.save(dict(weights=p.detach(), opt=opt.state_dict()), tmp_path/'file')
+    saved = torch.load(tmp_path/'file', weights_only=True)
+    q = saved['weights'].requires_grad_()
+    loaded = getattr(ours, name)([q], weights='exact')
+    loaded.load_state_dict(saved['opt'])
+    for o,x in ((opt, p), (loaded, q)): go_on(o, x, 4)
+    assert set(loaded.state[q]) == set(opt.state[p]) and opt.state[p]['lost_bits'].any()
+    assert_close([q, *loaded.state[q].values()], [p, *(opt.state[p][n] for n in loaded.state[q])], 0)
+    saved['opt']['param_groups'][0]['weights'] = None
+    with pytest.raises(ValueError, match='lost_bits'): loaded.load_state_dict(saved['opt'])
+
+@pytest.mark.parametrize('flags, backend', [({}, 'numba'), (dict(foreach=True), 'foreach'), (dict(foreach=False), 'steppers')])
+def test_report(flags, backend):
+    "Each parameter is told at its place, whatever steps it"
+    ps = parameters()
+    opt = ours.Adam([dict(params=ps[2:]), dict(params=ps[:2], amsgrad=True)], **flags)
+    for when in 'expected', 'last step':
+        report = opt.backend_report()
+        assert when in report.title and [(o.group, o.index, o.numel, o.backend) for o in report] == [(0, 0, 1, backend), (0, 1, 12, backend), (1, 0, 12, backend), (1, 1, 5, backend)]
+        assert 'max_exp_avg_sq' in report[2].state and 'max_exp_avg_sq' not in report[0].state
+        run(opt, ps, 1)
+
+def test_help():
+    "What is told of a class has a line for each argument, and none is empty"
+    for name in ours.__all__:
+        cls = getattr(ours, name)
+        told = dict(l.strip().split(': ', 1) for l in cls.__doc__.partition('Args:\n')[2].splitlines())
+        assert list(told) == list(cls.__signature__.parameters) and all(told.values())
+    assert '(β1)' in pydoc.render_doc(ours.AdamW)
+
+def test_unheard():
+    "PyTorch's wrapper of a step is left out only where nobody listens: it calls the hooks of this optimizer, and those of all"
+    ps = parameters()
+    opt, heard = ours.AdamW(ps), []
+    for register in (opt.register_step_pre_hook, register_optimizer_step_pre_hook, opt.register_step_post_hook, register_optimizer_step_post_hook):
+        run(opt, ps, 1)
+        handle = register(lambda *a: heard.append(register))
+        try: run(opt, ps, 1)
+        finally: handle.remove()
+        assert heard.pop() is register and not heard
 
 def test_runner(tmp_path):
     "The runner of PyTorch's own tests, on a file that begins as PyTorch's does"

@@ -1,5 +1,5 @@
 "Training that is killed at any moment and resumed from its last save gives the same weights, bit for bit; a damaged file changes nothing"
-import io, multiprocessing, multiprocessing.forkserver, os, pickle, random, signal, sys, time, zipfile
+import io, multiprocessing, os, pickle, random, signal, sys, time, zipfile
 from pathlib import Path
 
 import pytest
@@ -97,17 +97,6 @@ def work(fit, way, path, room, ready):
     torch.set_num_threads(1)
     ready.set()
     FITS[fit](way, path, room)
-
-@lru_cache(None)
-def processes():
-    "Start processes from one that has everything imported and no threads"
-    ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['test_resume'])
-    before = os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, sys.path))
-    try: multiprocessing.forkserver.ensure_running()
-    finally: os.environ.pop('PYTHONPATH') if before is None else os.environ.update(PYTHONPATH=before)
-    return ctx
 
 def run(fit, way, path, room=None, patience=DEADLINE):
     "Train in a process of its own, which is killed after `patience` seconds, or on writing `room` bytes: was it, and how many seconds did it train?"

@@ -20,7 +20,7 @@ __all__ = ['PACKAGES', 'TIE', 'AGAIN', 'PUBLISHED_ON', 'PUBLISHED', 'METHOD', 'C
            'time_tables', 'step_summary', 'step_report', 'plot_speedups', 'plot_roofline', 'plot_scaling', 'save_plots']
 
 # %% ../../nbs/benchmark.report.ipynb #767693c6
-PACKAGES = ('fastxtend', 'fastai', 'torch', 'numba', 'triton', 'timm', 'transformers', 'torch-optimi', 'lion-pytorch', 'pytorch_optimizer', 'schedulefree', 'prodigyopt', 'heavyball')
+PACKAGES = ('fastxtend', 'fastai', 'torch', 'numba', 'triton', 'timm', 'transformers', 'torch-optimi', 'lion-pytorch', 'pytorch_optimizer', 'schedulefree', 'prodigyopt', 'heavyball', 'bitsandbytes', 'torchao')
 
 def cpu_name() -> str:
     "Model name of the processor"
@@ -165,7 +165,7 @@ METHOD = ("All contestants of one optimizer on one model take turns in random or
           "with its own state, after seven steps to warm up. A turn is one step, or as many consecutive ones as take 5 ms (unless `--turn` "
           "says otherwise) or make a round of Lookahead. Times are medians of a step; the number behind is how many times faster than "
           "fastai native, and *noisy* says that the two spread by more than they differ (10th to 90th percentile). The share of the copy "
-          "bandwidth compares the fewest bytes the algorithm has to move (Adam in float32: 28 a parameter) with those of an in-place "
+          "bandwidth compares the fewest bytes the algorithm has to move (Adam in float32: 28 a parameter, and fewer where state is kept in fewer; `fused_exact` has parameters and gradients in bfloat16) with those of an in-place "
           "`a.add_(b)` on as much memory in the same contest. What fits the cache can exceed it.")
 
 def preface(
@@ -211,9 +211,9 @@ def step_report(
     return '\n'.join([*parts, *_left_out(skipped)])
 
 # %% ../../nbs/benchmark.report.ipynb #cbf95fd2
-COLORS = dict(native='#7f7f7f', foreach='#1f77b4', jit='#2ca02c', fused='#d62728', torch_loop='#c7c7c7', torch_foreach='#aec7e8',
+COLORS = dict(native='#7f7f7f', foreach='#1f77b4', jit='#2ca02c', fused='#d62728', fused_bfloat16='#9467bd', fused_int8='#8c564b', fused_exact='#e377c2', fused_exact_int8='#17becf', torch_loop='#c7c7c7', torch_foreach='#aec7e8',
               torch_fused='#ff9896', torch_compiled='#c5b0d5', optimi='#ffbb78', timm='#c49c94',
-              lion_pytorch='#c7c7c7', pytorch_optimizer='#dbdb8d', schedulefree='#9edae5', prodigyopt='#f7b6d2', heavyball='#aec7e8')
+              lion_pytorch='#c7c7c7', pytorch_optimizer='#dbdb8d', schedulefree='#9edae5', prodigyopt='#f7b6d2', heavyball='#9c9ede', bitsandbytes='#393b79', torchao='#637939')
 
 def _axes(n, width=5., height=3., most=2):
     "`n` axes in rows of at most `most`"

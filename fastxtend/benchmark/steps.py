@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc, importlib, inspect, math, random, time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 import numpy as np, torch
@@ -17,17 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .models import NotInstalled, UnknownName, look_up, model_name, model_shapes, shapes_of
 from ..optimizer import all as _all # every optimizer is in the table then
+from ..optimizer.core import COARSE
 from ..optimizer.declare import helper_of
 from ..optimizer.muon import is_matrix
+from ..optimizer.formats import format_of
 from ..optimizer.table import OPTIMIZERS
 
 # %% auto #0
-__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'LION', 'PYTORCH_OPTIMIZER', 'SCHEDULEFREE', 'HEAVYBALL', 'PRODIGY',
-           'CONTESTANTS', 'COPY', 'WARM_UP', 'TURN', 'OURS', 'hypers_of', 'optimizer_name', 'bytes_per_parameter',
-           'tensors_per_parameter', 'split_groups', 'group_lrs', 'Several', 'torch_muon', 'pytorch_optimizer_muon',
-           'heavyball_muon', 'Lacking', 'Contestant', 'contestant_name', 'Stopwatch', 'time_calls', 'race', 'Watcher',
-           'watch_calls', 'Result', 'summarize', 'Contest', 'choose', 'device_name', 'choose_backends', 'Benchmark',
-           'Recommendation', 'recommend']
+__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'LION', 'PYTORCH_OPTIMIZER', 'SCHEDULEFREE', 'HEAVYBALL', 'EIGHT_BITS',
+           'PRODIGY', 'FORMATS', 'CONTESTANTS', 'COPY', 'WARM_UP', 'TURN', 'OURS', 'hypers_of', 'optimizer_name',
+           'bytes_per_parameter', 'tensors_per_parameter', 'split_groups', 'group_lrs', 'Several', 'torch_muon',
+           'pytorch_optimizer_muon', 'heavyball_muon', 'Lacking', 'Contestant', 'contestant_name', 'Stopwatch',
+           'time_calls', 'race', 'Watcher', 'watch_calls', 'Result', 'summarize', 'Contest', 'choose', 'device_name',
+           'choose_backends', 'Benchmark', 'Recommendation', 'recommend']
 
 # %% ../../nbs/benchmark.steps.ipynb #047eca0f
 SETTINGS = dict(SGD=dict(mom=.9))
@@ -52,15 +54,24 @@ def _compositions(optimizer):
     spec, hypers = OPTIMIZERS[optimizer], hypers_of(optimizer)
     return spec.compositions(**hypers)[-1], spec.composition(spec.switches(**hypers), **hypers)
 
+def _sizes(optimizer, dtype, formats):
+    "Bytes that an element takes in `p`, `g` and each slot"
+    p = torch.empty(COARSE, dtype=dtype)
+    opt = OPTIMIZERS[optimizer].constructor([p], LR, **hypers_of(optimizer), fused=True, **formats)
+    kept = {'p': dtype, 'g': dtype, **{n: opt.dtype_of(p, n, s) for n,s in opt.own_slots.items()}}
+    stored = {n: format_of(n, d, dtype, opt.is_exact(p)) for n,d in kept.items()}
+    return {n: d.itemsize + (sum(t.nbytes for t in stored[n].start(p))/p.numel() if stored[n] else 0) for n,d in kept.items()}
+
 def bytes_per_parameter(
     optimizer:str, # Name in `OPTIMIZERS`
-    itemsize:int=4, # Bytes of an element
+    dtype:torch.dtype=torch.float32, # Of parameters and gradients
+    **formats, # `state` and `weights`, as of a constructor
 ) -> float:
     "The fewest bytes a step has to read and write for each element of the parameters"
-    usual, every = _compositions(optimizer)
-    moved = usual.moved
-    if OPTIMIZERS[optimizer].has_lookahead: moved += (every.moved - moved)/hypers_of(optimizer)['k']
-    return moved*itemsize
+    (usual, every), sizes = _compositions(optimizer), _sizes(optimizer, dtype, formats) if formats else {}
+    def moved(composition): return sum(sizes.get(n, dtype.itemsize) for n in composition.moved)
+    more = (moved(every) - moved(usual))/hypers_of(optimizer)['k'] if OPTIMIZERS[optimizer].has_lookahead else 0
+    return moved(usual) + more
 
 def tensors_per_parameter(
     optimizer:str, # Name in `OPTIMIZERS`
@@ -172,6 +183,7 @@ SCHEDULEFREE = dict(
     ScheduleFreeAdam=('AdamWScheduleFree', lambda h: dict(warmup_steps=h['warmup'], **_betas(h))),
     ScheduleFreeSGD=('SGDScheduleFree', lambda h: dict(warmup_steps=h['warmup'], **_momentum(h))))
 HEAVYBALL = dict(Muon=(heavyball_muon, lambda h: dict(betas=(h['mom'], h['adam_sqr_mom']), eps=h['adam_eps'], nesterov=h['nesterov'], weight_decay=h['wd'])))
+EIGHT_BITS = dict(Adam=('AdamW8bit', _betas))
 PRODIGY = dict(Prodigy=('Prodigy', lambda h: dict(d0=h['first_estimate'], **_betas(h))))
 
 class Lacking(Exception):
@@ -204,12 +216,17 @@ class Contestant:
     build:Callable # Takes the optimizer's name, groups of parameters and hyperparameters; returns something with a `step`
     package:str='fastai' # Where it comes from
     default:bool=True # Does it run without being asked for?
+    formats:dict=field(default_factory=dict) # How tensors are kept, if not in the dtype of the parameters
+    dtype:torch.dtype=None # Of its parameters and gradients, if not that of the contest
+
+FORMATS = dict(bfloat16=dict(state='bfloat16'), int8=dict(state='int8'), exact=dict(weights='exact'), exact_int8=dict(weights='exact', state='int8'))
 
 CONTESTANTS = {o.name: o for o in (
     Contestant('native',         _ours()),
     Contestant('foreach',        _ours(foreach=True)),
     Contestant('jit',            _ours(jit=True)),
     Contestant('fused',          _ours(fused=True)),
+    *(Contestant(f'fused_{n}', _ours(fused=True, **formats), 'fastai', False, formats, torch.bfloat16 if 'weights' in formats else None) for n,formats in FORMATS.items()),
     Contestant('torch_loop',     _peer('torch.optim', TORCH, foreach=False), 'torch', False),
     Contestant('torch_foreach',  _peer('torch.optim', TORCH, foreach=True), 'torch'),
     Contestant('torch_fused',    _peer('torch.optim', TORCH, fused=True), 'torch'),
@@ -221,6 +238,8 @@ CONTESTANTS = {o.name: o for o in (
     Contestant('schedulefree',   _peer('schedulefree', SCHEDULEFREE, foreach=True), 'schedulefree', False),
     Contestant('prodigyopt',     _prodigyopt, 'prodigyopt', False),
     Contestant('heavyball',      _peer('heavyball', HEAVYBALL), 'heavyball', False),
+    Contestant('bitsandbytes',   _peer('bitsandbytes.optim', EIGHT_BITS), 'bitsandbytes', False, FORMATS['int8']),
+    Contestant('torchao',        _peer('torchao.optim', EIGHT_BITS), 'torchao', False, FORMATS['int8']),
 )}
 
 def contestant_name(
@@ -358,11 +377,10 @@ def summarize(
     copy_bytes:float, # What `a.add_(b)` reads and writes
 ) -> Result:
     "Fill in the figures that follow from the times"
-    itemsize = getattr(torch, result.dtype).itemsize
     p10, median, p90 = np.percentile(np.array(times)*1e3, [10, 50, 90])
     result.rounds, result.ms, result.ms_p10, result.ms_p90 = len(times), *map(float, (median, p10, p90))
     if native: result.speedup = float(np.median(native)/np.median(times))
-    result.gb_s = bytes_per_parameter(result.optimizer, itemsize)*result.elements/result.ms/1e6
+    result.gb_s = bytes_per_parameter(result.optimizer, getattr(torch, result.dtype), **CONTESTANTS[result.backend].formats)*result.elements/result.ms/1e6
     if copy: result.copy_gb_s = copy_bytes/float(np.median(copy))/1e9
     result.share = result.gb_s/result.copy_gb_s
     return result
@@ -418,11 +436,21 @@ class Contest:
         def randn(s, scale): return torch.randn(s, generator=gen, device=self.device).mul_(scale).to(self.dtype)
         params = [nn.Parameter(randn(s, .05)) for s in self.shapes]
         for p in params: p.grad = randn(p.shape, .01)
-        groups, steppers = split_groups(params, self.groups), {}
+        groups, steppers = {self.dtype: split_groups(params, self.groups)}, {}
         for name in self.backends:
-            try: steppers[name] = CONTESTANTS[name].build(self.optimizer, groups, self.hypers).step
+            dtype = self.dtype_of(name)
+            if dtype not in groups: groups[dtype] = split_groups([self.converted(p, dtype) for p in params], self.groups)
+            try: steppers[name] = CONTESTANTS[name].build(self.optimizer, groups[dtype], self.hypers).step
             except (ImportError, Lacking, NotImplementedError) as e: self.skipped[name] = str(e)
         return steppers
+
+    def dtype_of(self, name): "Dtype of the parameters of a contestant"; return CONTESTANTS[name].dtype or self.dtype
+
+    def converted(self, p, dtype):
+        "A parameter and its gradient in another dtype"
+        res = nn.Parameter(p.detach().to(dtype))
+        res.grad = p.grad.to(dtype)
+        return res
 
     def warm_up(self,
         step:Callable, # Takes one step
@@ -443,7 +471,7 @@ class Contest:
         "The figures of all contestants that were measured at least once"
         copy_bytes = 3*self.copy_elements*self.dtype.itemsize
         native, copy = self.times.get('native', []), self.times.get(COPY, [])
-        res = [summarize(Result(self.model, self.optimizer, n, self.groups, str(self.device), str(self.dtype)[6:], len(self.shapes), self.elements),
+        res = [summarize(Result(self.model, self.optimizer, n, self.groups, str(self.device), str(self.dtype_of(n))[6:], len(self.shapes), self.elements),
                          ts, native, copy, copy_bytes) for n,ts in self.times.items() if ts and n != COPY]
         for r in res:
             r.steps = self.steps[r.backend]

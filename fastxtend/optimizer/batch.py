@@ -13,7 +13,7 @@ from operator import attrgetter
 import numpy as np, torch
 from torch import Tensor
 
-from .formats import EXACT, LOST, NOTHING, ROOTS, Format
+from .formats import CHANCE, LOST, NOTHING, ROOTS, Format, format_of
 from .probe import is_dense, is_sharded, sharing_memory
 from .steppers import Composition
 
@@ -91,8 +91,8 @@ class Batch:
     ) -> tuple[Format|None, list]: # Its format, and the tensor with those beside it; no format if there are none
         "How a tensor is stored"
         t = self.named()[name][i]
-        fmt = ROOTS.get(t.dtype) if name != 'p' else EXACT if LOST in self.beside and self.beside[LOST][i] is not NOTHING else None
-        return fmt, [t, *(self.beside[n][i] for n in fmt.names(name))] if fmt else [t]
+        fmt = format_of(name, t.dtype, self.params[i].dtype, LOST in self.beside and self.beside[LOST][i] is not NOTHING)
+        return fmt, [t, *(self.beside[n][i] for n in fmt.names(name)), *([self.read('p', i)] if fmt is CHANCE else [])] if fmt else [t]
 
     def read(self, name, i) -> Tensor:
         "A tensor in full"

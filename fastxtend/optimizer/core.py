@@ -26,7 +26,7 @@ from .steppers import Composition, Slot, compose, picked, switches
 from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
 # %% auto #0
-__all__ = ['FLOAT32', 'SETS', 'NO_SHARDS', 'COARSE', 'SIGNED', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'flags_on',
+__all__ = ['FLOAT32', 'SETS', 'ONLY_WHOLE', 'COARSE', 'SIGNED', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'flags_on',
            'facts_in', 'Layout', 'FastOptimizer', 'check_common', 'Zeroing', 'in_full', 'check_k', 'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
@@ -337,7 +337,7 @@ def beside(self:FastOptimizer,
     states:list, # Their state dicts
 ) -> dict: # Name to a list of tensors
     "What formats keep beside the tensors of `params`. `NotImplementedError` if they cannot"
-    if any(map(is_sharded, params)): raise NotImplementedError(NO_SHARDS)
+    if any(map(is_sharded, params)): raise NotImplementedError(ONLY_WHOLE)
     res, exact = {}, [self.is_exact(p) for p in params]
     if any(exact): res = {n: [s.get(n) if e else NOTHING for s,e in zip(states, exact)] for n in EXACT.names('p')}
     for name in self.own_slots:
@@ -345,7 +345,7 @@ def beside(self:FastOptimizer,
         for n in SIGNED.names(name) if any(formats) else (): res[n] = [s.get(n) if f else NOTHING for s,f in zip(states, formats)]
     return res
 
-NO_SHARDS = "`weights='exact'` and `state='int8'` work on parameters that are whole, and these are sharded (`DTensor`): use `state='bfloat16'`, or neither"
+ONLY_WHOLE = "`weights='exact'` and `state='int8'` work on parameters that are whole, and these are sharded (`DTensor`): use `state='bfloat16'`, or neither"
 COARSE = 2**12 # Elements of a parameter from which on state may be kept in 8 bits
 SIGNED = ROOTS[torch.int8]
 

@@ -12,11 +12,11 @@ from fastxtend.optimizer.table import OptimizerSpec
 from torch import Tensor
 from typing import Any, Iterable
 
-__all__ = ['FLOAT32', 'SETS', 'NO_SHARDS', 'COARSE', 'SIGNED', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'flags_on', 'facts_in', 'Layout', 'FastOptimizer', 'check_common', 'Zeroing', 'in_full', 'check_k', 'LookaheadMixin']
+__all__ = ['FLOAT32', 'SETS', 'ONLY_WHOLE', 'COARSE', 'SIGNED', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'flags_on', 'facts_in', 'Layout', 'FastOptimizer', 'check_common', 'Zeroing', 'in_full', 'check_k', 'LookaheadMixin']
 
 FLOAT32: float
 SETS: int
-NO_SHARDS: str
+ONLY_WHOLE: str
 COARSE: int
 LOOKAHEAD: Any
 def distinct(*columns: list) -> tuple[list, list]: ...

@@ -15,8 +15,8 @@ import numba, numba.core.ccallback, numpy as np, torch
 from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
-from .formats import BLOCK, LOST, MIX_1, MIX_2, ROOTS, SMALLEST, top_of
-from .formats import EXACT as EXACT_FORMAT
+from . import formats
+from .formats import BLOCK, LOST, MIX_1, MIX_2, SMALLEST, format_of, least_of, most_of, top_of
 from .lists import HostWork, fold_late, needs_late
 from .plan import Engine
 from .pointers import c_function, f64_ptr, i64, i64_ptr, pointer_to, with_cache
@@ -24,9 +24,9 @@ from .probe import DTYPES, Probe
 from .steppers import Stage, called_by, compile_function, with_numbers_in
 
 # %% auto #0
-__all__ = ['FORMATS', 'EXACT', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits',
-           'bfloat_to_float', 'float_to_bfloat', 'same', 'Format', 'open_exact', 'close_exact', 'root_format',
-           'formats_of', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables', 'NumbaEngine',
+__all__ = ['CODECS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'bfloat_to_float',
+           'float_to_bfloat', 'float_to_either', 'same', 'Codec', 'open_exact', 'close_exact', 'root_codec',
+           'codecs_of', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables', 'NumbaEngine',
            'engine', 'Prepared', 'NumbaWork']
 
 # %% ../../nbs/optimizer.cpu.ipynb #034c452c
@@ -55,28 +55,45 @@ def float_to_bits(typingctx, x):
     return types.uint32(types.float32), codegen
 
 _jit = partial(njit, error_model='numpy', fastmath={'contract'})
+_inner = partial(_jit, no_cpython_wrapper=True, no_cfunc_wrapper=True) # for what is called from compiled code only: it compiles in half the time
 
-@_jit
+@_inner
 def bfloat_to_float(x): return bits_to_float(np.uint32(x) << np.uint32(16))
 
-@_jit
+@_inner
 def float_to_bfloat(x):
     bits = float_to_bits(x)
     rounded = (bits + np.uint32(0x7fff) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.uint16(np.uint32(0x7fc0) if x != x else rounded)
 
-@_jit
+_mix_1, _mix_2 = np.uint32(MIX_1), np.uint32(MIX_2)
+
+@_inner
+def _mixed(x):
+    x = np.uint32(x*_mix_1)
+    return np.uint32(np.uint32(x ^ (x >> np.uint32(15)))*_mix_2)
+
+@_inner
+def float_to_either(x, p):
+    "One of the neighbours, by chance"
+    bits = float_to_bits(x)
+    chance = np.uint32(_mixed(float_to_bits(p)) + np.uint32(bits << np.uint32(16))) >> np.uint32(16)
+    rounded = np.uint32(bits + chance) >> np.uint32(16)
+    return np.uint16(np.uint32(0x7fc0) if x != x else rounded)
+
+@_inner
 def same(x): return x
 
 # %% ../../nbs/optimizer.cpu.ipynb #f7fcbbbe
 @dataclass(frozen=True)
-class Format:
-    "How numbers of one dtype are stored and computed with"
-    dtype:torch.dtype # Of the tensors
+class Codec:
+    "How the numbers of a tensor are loaded, computed with, and saved"
+    dtype:torch.dtype # Of the tensor
     store:types.Type # What is in memory
     compute:types.Type # What steppers compute in
     load:Callable=same # From memory
-    save:Callable=same # To memory
+    save:Callable=same # To memory; of the number and the weight if `chance` is set
+    chance:bool=False # Is it rounded by chance?
     open:Callable=None # From a piece of memory to what is loaded from, if elements cannot be loaded one by one
     close:Callable=None # And back
     beside:tuple=() # Names of the tensors that `open` and `close` take as well, beside this one
@@ -84,61 +101,66 @@ class Format:
     @property
     def size(self): return self.store.bitwidth//8
 
-FORMATS = {f.dtype: f for f in (
-    Format(torch.float32, types.float32, types.float32),
-    Format(torch.float64, types.float64, types.float64),
-    Format(torch.bfloat16, types.uint16, types.float32, bfloat_to_float, float_to_bfloat),
-    Format(torch.float16, types.uint16, types.float32, half_to_float, float_to_half))}
+CODECS = {c.dtype: c for c in (
+    Codec(torch.float32, types.float32, types.float32),
+    Codec(torch.float64, types.float64, types.float64),
+    Codec(torch.bfloat16, types.uint16, types.float32, bfloat_to_float, float_to_bfloat),
+    Codec(torch.float16, types.uint16, types.float32, half_to_float, float_to_half))}
+CODECS[formats.CHANCE] = replace(CODECS[torch.bfloat16], save=float_to_either, chance=True)
 
 # %% ../../nbs/optimizer.cpu.ipynb #bef0cf84
-_mix_1, _mix_2 = np.uint32(MIX_1), np.uint32(MIX_2)
-_block_bits, _all_bits, _no_bits, _nan_bits = np.uint32(16), np.uint32(0xffffffff), np.uint32(0), np.uint32(0x7fc00000)
+_half, _no_bits, _nan_bits = np.uint32(16), np.uint32(0), np.uint32(0x7fc00000)
+_places = np.arange(BLOCK, dtype=np.uint32) << _half # A table: computed in the loop, they would be numbers of 64 bits
 
-@_jit
+@_inner
 def _stamp(upper):
     "The stamp of a block"
     total = np.uint32(0)
     for i in range(len(upper)):
-        x = np.uint32(np.uint32(np.uint32(np.uint32(i) << _block_bits) | np.uint32(upper[i]))*_mix_1)
-        total = np.uint32(total + np.uint32(np.uint32(x ^ (x >> np.uint32(15)))*_mix_2))
+        total = np.uint32(total + _mixed(np.uint32(_places[i] | np.uint32(upper[i]))))
     return total
 
-@_jit
-def _join(out, upper, lost, valid):
-    for i in range(len(out)): out[i] = bits_to_float(np.uint32(np.uint32(np.uint32(upper[i]) << _block_bits) + np.uint32(np.uint32(np.int32(lost[i])) & valid)))
+@_inner
+def _join(out, upper, lost):
+    for i in range(len(out)): out[i] = bits_to_float(np.uint32(np.uint32(np.uint32(upper[i]) << _half) + np.uint32(np.int32(lost[i]))))
 
-@_jit
+@_inner
+def _widen(out, upper):
+    for i in range(len(out)): out[i] = bfloat_to_float(upper[i])
+
+@_inner
 def _split(x, upper, lost):
     for i in range(len(x)):
         bits = _nan_bits if x[i] != x[i] else float_to_bits(x[i])
-        upper[i] = np.uint16(np.uint32(bits + np.uint32(0x8000)) >> _block_bits)
+        upper[i] = np.uint16(np.uint32(bits + np.uint32(0x8000)) >> _half)
         lost[i] = np.int16(bits)
 
-_u16_ptr, _i16_ptr, _u32_ptr = map(pointer_to, (types.uint16, types.int16, types.uint32))
+_u16_ptr, _i16_ptr, _u32_ptr, _f32_ptr = map(pointer_to, (types.uint16, types.int16, types.uint32, types.float32))
+
+@_inner
+def _exact_at(upper_at, lost_at, stamps_at, start, n):
+    return carray(_u16_ptr(upper_at + 2*start), n), carray(_i16_ptr(lost_at + 2*start), n), carray(_u32_ptr(stamps_at + 4*(start//BLOCK)), -(-n//BLOCK))
 
 @_jit
 def open_exact(out, upper_at, lost_at, stamps_at, start, n):
     "Weights with the bits that they lost, where these are of the weights that are there"
-    upper, lost = carray(_u16_ptr(upper_at + 2*start), n), carray(_i16_ptr(lost_at + 2*start), n)
-    stamps = carray(_u32_ptr(stamps_at + 4*(start//BLOCK)), -(-n//BLOCK))
+    upper, lost, stamps = _exact_at(upper_at, lost_at, stamps_at, start, n)
+    _join(out[:n], upper, lost)
     for b in range(len(stamps)):
         i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
-        _join(out[i:j], upper[i:j], lost[i:j], _all_bits if _stamp(upper[i:j]) == stamps[b] else _no_bits)
+        if _stamp(upper[i:j]) != stamps[b]: _widen(out[i:j], upper[i:j])
 
 @_jit
 def close_exact(x, upper_at, lost_at, stamps_at, start, n):
     "Round weights, and keep what they lose"
-    upper, lost = carray(_u16_ptr(upper_at + 2*start), n), carray(_i16_ptr(lost_at + 2*start), n)
-    stamps = carray(_u32_ptr(stamps_at + 4*(start//BLOCK)), -(-n//BLOCK))
-    for b in range(len(stamps)):
-        i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
-        _split(x[i:j], upper[i:j], lost[i:j])
-        stamps[b] = _stamp(upper[i:j])
+    upper, lost, stamps = _exact_at(upper_at, lost_at, stamps_at, start, n)
+    _split(x[:n], upper, lost)
+    for b in range(len(stamps)): stamps[b] = _stamp(upper[b*BLOCK:min(n, (b + 1)*BLOCK)])
 
-@_jit
+@_inner
 def _size(x): return bits_to_float(np.uint32(float_to_bits(x) & np.uint32(0x7fffffff)))
 
-@_jit
+@_inner
 def _greatest(x):
     "The greatest size in a block. Sizes are in the order of their bits, with NaN at the top"
     most = np.uint32(0)
@@ -147,63 +169,69 @@ def _greatest(x):
         most = bits if bits > most else most
     return bits_to_float(most)
 
-def root_format(
-    dtype:torch.dtype, # Of codes
-) -> Format:
-    "Eight bits of the root of an element's share of the greatest in its block"
-    signed, top, code = dtype == torch.int8, top_of(dtype), types.int8 if dtype == torch.int8 else types.uint8
-    ptr, store, top_sqr, one, two, zero = pointer_to(code), np.int8 if signed else np.uint8, np.float32(top**2), np.float32(1), np.float32(2), np.float32(0)
-    unit, smallest = np.float32(1/top**2), np.float32(SMALLEST)
+@_inner
+def _chance(x): return np.float32(np.int32(np.uint32(float_to_bits(x)*_mix_1)))*np.float32(2.**-31)
 
-    @_jit
+def root_codec(
+    dtype:torch.dtype, # Of codes
+) -> Codec:
+    "Eight bits of the root of an element's share of the greatest in its block"
+    signed, top = dtype == torch.int8, top_of(dtype)
+    ptr, store, code = pointer_to(types.int8 if signed else types.uint8), *((np.int8, np.int32) if signed else (np.uint8, np.uint32))
+    unit, smallest, most, least = np.float32(1/top**2), np.float32(SMALLEST), np.float32(most_of(dtype)), np.float32(least_of(dtype))
+    to_whole, quarter, zero = np.float32(2**23 - .5), np.float32(.25), np.float32(0)
+
+    @_inner
     def decode(out, codes, scale):
         for i in range(len(out)):
             c = np.float32(codes[i])
             out[i] = c*_size(c)*scale
 
-    @_jit
+    @_inner
     def encode(x, codes, share):
         for i in range(len(x)):
             s = _size(x[i])*share
-            s = s if s <= top_sqr else top_sqr
-            c = np.int32(math.sqrt(s))
-            whole = np.float32(c)
-            chance = bits_to_float(np.uint32(np.uint32(np.uint32(float_to_bits(x[i])*_mix_1) >> np.uint32(9)) | np.uint32(0x3f800000))) - one
-            c = np.int32(c + np.int32(chance*(two*whole + one) < s - whole*whole))
-            if signed: c = np.int32(-c) if x[i] < zero else c
-            else: c = np.int32(1) if c == np.int32(0) and x[i] > zero else c
-            codes[i] = store(c)
+            root = math.sqrt(s)
+            whole = (root if root > least else least) + to_whole # From 2^23 on there are only whole numbers, and the last bits of them are the code
+            middle = whole - to_whole
+            up = _chance(x[i])*middle < s - quarter - middle*middle
+            c = np.uint32(float_to_bits(whole) + np.uint32(up))
+            if signed: codes[i] = np.int8(np.uint32(_no_bits - c) if x[i] < zero else c)
+            else: codes[i] = np.uint8(c if x[i] > zero else _no_bits)
+
+    @_inner
+    def root_at(at, scales_at, start, n): return carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
 
     @_jit
     def open_root(out, at, scales_at, start, n):
-        codes, scales = carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
+        codes, scales = root_at(at, scales_at, start, n)
         for b in range(len(scales)):
             i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
             decode(out[i:j], codes[i:j], scales[b]*unit)
 
     @_jit
     def close_root(x, at, scales_at, start, n):
-        codes, scales = carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
+        codes, scales = root_at(at, scales_at, start, n)
+        for b in range(len(scales)):
+            scale = _greatest(x[b*BLOCK:min(n, (b + 1)*BLOCK)])
+            scales[b] = smallest if scale < smallest else scale
         for b in range(len(scales)):
             i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
-            scale = _greatest(x[i:j])
-            scales[b] = smallest if scale < smallest else scale
-            encode(x[i:j], codes[i:j], top_sqr/scales[b])
+            encode(x[i:j], codes[i:j], most/scales[b])
 
-    return Format(dtype, types.float32, types.float32, open=open_root, close=close_root)
+    return Codec(dtype, types.float32, types.float32, open=open_root, close=close_root)
 
-_f32_ptr = pointer_to(types.float32)
+CODECS[formats.EXACT] = Codec(torch.bfloat16, types.float32, types.float32, open=open_exact, close=close_exact)
+CODECS.update({fmt: root_codec(d) for d,fmt in formats.ROOTS.items()})
 
-EXACT = Format(torch.bfloat16, types.float32, types.float32, open=open_exact, close=close_exact)
-FORMATS.update({d: root_format(d) for d in ROOTS})
-
-def formats_of(
+def codecs_of(
     dtypes:dict, # Name of each tensor of a parameter to its dtype; `None` if it has none
 ) -> tuple: # `None` for what is beside others
-    "The format of each tensor"
-    formats = {n: (EXACT, EXACT_FORMAT) if n == 'p' and dtypes.get(LOST) else (FORMATS.get(d), ROOTS.get(d)) for n,d in dtypes.items()}
-    beside = {o for n,(_,fmt) in formats.items() if fmt for o in fmt.names(n)}
-    return tuple(None if n in beside or f is None else replace(f, beside=fmt.names(n)) if fmt else f for n,(f,fmt) in formats.items())
+    "The codec of each tensor"
+    exact = dtypes.get(LOST) is not None
+    stored = {n: format_of(n, d, dtypes['p'], exact) for n,d in dtypes.items()}
+    beside = {o for n,fmt in stored.items() if fmt for o in fmt.names(n)}
+    return tuple(None if n in beside or dtypes[n] is None else replace(CODECS[fmt], beside=fmt.names(n)) if fmt else CODECS[dtypes[n]] for n,fmt in stored.items())
 
 # %% ../../nbs/optimizer.cpu.ipynb #f6cbea3b
 _step_source = '''
@@ -249,7 +277,7 @@ def {name}(_tensors, _start, _n, _row, _out):
 
 def chunk_source(
     stage:Stage, # What to do
-    formats:tuple, # `Format` of each tensor of a parameter
+    codecs:tuple, # `Codec` of each tensor of a parameter
     tensors:tuple, # Names of all tensors of a parameter, in their order
     row:tuple, # Names of the scalars in a row
     name:str='chunk', # Name of the function
@@ -257,9 +285,9 @@ def chunk_source(
     "Source of the function that runs `stage` over consecutive elements"
     def block(text, indent): return text.replace('\n', '\n' + ' '*indent)
     at = {x: tensors.index(x) for x in stage.tensors}
-    opened = {x: f'_{x}, _at[{k}], ' + ''.join(f'_at[{tensors.index(n)}], ' for n in formats[k].beside) + '_start, min(512, _end - _start)' for x,k in at.items() if formats[k].open}
+    opened = {x: f'_{x}, _at[{k}], ' + ''.join(f'_at[{tensors.index(n)}], ' for n in codecs[k].beside) + '_start, min(512, _end - _start)' for x,k in at.items() if codecs[k].open}
     length = '_end - _start' if stage.sums or opened else '_n'
-    def array(x, k): return f'_{x} = carray(elements_{k}(_at[{k}] + _start*{formats[k].size}), {length})' if x not in opened else f'open_{k}({opened[x]})'
+    def array(x, k): return f'_{x} = carray(elements_{k}(_at[{k}] + _start*{codecs[k].size}), {length})' if x not in opened else f'open_{k}({opened[x]})'
     parts = dict(
         name=name, n_tensors=len(tensors), n_scalars=len(row), n_sums=len(stage.sums),
         scalars=block('\n'.join([f'{x} = _values[{row.index(x)}]' for x in stage.scalars] + [f'_{x} = empty(512, float32)' for x in opened]) or 'pass', 4),
@@ -267,7 +295,7 @@ def chunk_source(
         loads='\n'.join(f'{x} = load_{k}(_{x}[_i])' for x,k in at.items()),
         lines='\n'.join(with_numbers_in(l) for l in stage.lines))
     if not stage.sums:
-        parts.update(stores='\n'.join([f'_{x}[_i] = save_{tensors.index(x)}({x})' for x in stage.gives] + ['_g[_i] = save_1(zero)']*stage.clears))
+        parts.update(stores='\n'.join([f'_{x}[_i] = save_{at[x]}({x}{", p" if codecs[at[x]].chance else ""})' for x in stage.gives] + ['_g[_i] = save_1(zero)']*stage.clears))
         if opened:
             parts['close'] = '\n'.join(f'close_{at[x]}({opened[x]})' for x in stage.gives if x in opened) or 'pass'
             return _pieces_source.format(**{k: block(v, 8 if k in ('arrays', 'close') else 12) if k in ('arrays', 'close', 'loads', 'lines', 'stores') else v for k,v in parts.items()})
@@ -285,13 +313,13 @@ def math_in(
     real:type, # `np.float32` or `np.float64`
 ) -> dict:
     "What steppers may call, for Numba; NaN goes where PyTorch lets it go"
-    number = _jit(lambda x: real(x))
+    number = _inner(lambda x: real(x))
     return dict(
         sqrt=math.sqrt, exp=math.exp, log=math.log, abs=abs, number=number,
-        where=_jit(lambda flag, a, b: a if flag else b),
-        sign=_jit(lambda x: real(1) if x > 0 else real(-1) if x < 0 else real(0)),
-        minimum=_jit(lambda a, b: a if a != a or a < b else b),
-        maximum=_jit(lambda a, b: a if a != a or a > b else b))
+        where=_inner(lambda flag, a, b: a if flag else b),
+        sign=_inner(lambda x: real(1) if x > 0 else real(-1) if x < 0 else real(0)),
+        minimum=_inner(lambda a, b: a if a != a or a < b else b),
+        maximum=_inner(lambda a, b: a if a != a or a > b else b))
 
 def _sources(f):
     "Bytecode and constants of a stepper and all it calls"
@@ -302,58 +330,57 @@ _NAMES = math_in(np.float32)
 @lru_cache(None)
 def compiled(
     stage:Stage, # What to do
-    formats:tuple, # `Format` of each tensor of a parameter
+    codecs:tuple, # `Codec` of each tensor of a parameter
     tensors:tuple, # Names of all tensors of a parameter, in their order
     row:tuple, # Names of the scalars in a row
 ) -> numba.core.ccallback.CFunc:
     "The chunk function of `stage`"
-    real = real_of(formats)
-    dtypes = [str(f.dtype)[6:] for f in formats if f]
-    digest = hashlib.sha256((repr(dtypes) + chunk_source(stage, formats, tensors, row) + ''.join(map(_sources, stage.functions.values()))).encode()).hexdigest()[:12]
+    real = real_of(codecs)
+    dtypes = [str(f.dtype)[6:] for f in codecs if f]
+    digest = hashlib.sha256((repr(dtypes) + chunk_source(stage, codecs, tensors, row) + ''.join(map(_sources, stage.functions.values()))).encode()).hexdigest()[:12]
     name = f"{stage.name}_{'_'.join(dict.fromkeys(dtypes))}_{digest}"
     math = math_in(real)
-    env = {**math, **{n: compile_function(f, math, _jit) for n,f in stage.functions.items()},
-           **{f'{what}_{k}': x for k,f in enumerate(formats) if f for what,x in zip(('load', 'save', 'open', 'close', 'elements'), (*_in(f, real), f.open, f.close, _elements(f.store)))},
+    env = {**math, **{n: compile_function(f, math, _inner) for n,f in stage.functions.items()},
+           **{f'{what}_{k}': x for k,f in enumerate(codecs) if f for what,x in zip(('load', 'save', 'open', 'close', 'elements'), (*_in(f, real), f.open, f.close, _elements(f.store)))},
            **dict(empty=np.empty, float32=np.float32, carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr, scalars_at=_elements(numba.from_dtype(np.dtype(real))), zero=real(0), __name__=__name__)}
-    exec(compile(chunk_source(stage, formats, tensors, row, name), __file__, 'exec'), env)
+    exec(compile(chunk_source(stage, codecs, tensors, row, name), __file__, 'exec'), env)
     fastmath = {'contract', 'reassoc'} if stage.sums else {'contract'}
     return with_cache(lambda cache: cfunc(types.void(*[i64]*5), cache=cache, error_model='numpy', fastmath=fastmath)(env[name]))
 
 _elements = lru_cache(None)(pointer_to)
 
 def real_of(
-    formats:tuple, # `Format` of each tensor of a parameter
+    codecs:tuple, # `Codec` of each tensor of a parameter
 ) -> type:
     "NumPy's type of what is computed with: that of the widest tensor"
-    return np.float64 if any(f and f.compute == types.float64 for f in formats) else np.float32
+    return np.float64 if any(f and f.compute == types.float64 for f in codecs) else np.float32
 
 def _in(fmt, real):
     "How a tensor is loaded and saved where all is computed in `real`"
     if (fmt.compute == types.float64) == (real is np.float64): return fmt.load, fmt.save
     load, save = fmt.load, fmt.save
-    return _jit(lambda x: real(load(x))), _jit(lambda x: save(np.float32(x)))
+    if fmt.chance: return _inner(lambda x: real(load(x))), _inner(lambda x, p: save(np.float32(x), np.float32(p)))
+    return _inner(lambda x: real(load(x))), _inner(lambda x: save(np.float32(x)))
 
 # %% ../../nbs/optimizer.cpu.ipynb #95379210
 CHUNK, SERIAL = 2**14, 2**16
 
 _call_chunk = c_function(types.void, 5)
 
-def _drive(fn, table, first, chunks, rows, row_ids, out):
-    table_row, row_size, out_size = table.shape[1]*8, rows.shape[1]*rows.itemsize, out.shape[1]*8
-    for c in prange(len(chunks)):
-        t = chunks[c, 0]
-        _call_chunk(fn, table.ctypes.data + t*table_row + first, chunks[c, 1], chunks[c, 2], rows.ctypes.data + row_ids[t]*row_size, out.ctypes.data + c*out_size)
+def _drive(fn, tensors, size, chunks, n_chunks, rows, row_size, row_ids, out, out_size):
+    for c in prange(n_chunks):
+        chunk = i64_ptr(chunks + 24*c)
+        t = chunk[0]
+        _call_chunk(fn, tensors + t*size, chunk[1], chunk[2], rows + i64_ptr(row_ids)[t]*row_size, out + c*out_size)
 
 @lru_cache(None)
 def driver(
     parallel:bool, # On all threads, or on one?
-    dtype:np.dtype, # Of the scalars
-) -> Callable:
+) -> Callable: # All that it takes is known by its address
     "The compiled `_drive`"
-    sig = types.void(i64, i64[:,::1], i64, i64[:,::1], numba.from_dtype(dtype)[:,::1], i64[::1], types.float64[:,::1])
     drive = type(_drive)(_drive.__code__, globals(), '_drive')
     drive.__qualname__ = f'_drive_{"parallel" if parallel else "serial"}'  # Numba's cache tells functions apart by name, and not by options
-    return with_cache(lambda cache: njit(sig, cache=cache, parallel=parallel, nogil=True, error_model='numpy')(drive))
+    return with_cache(lambda cache: njit(types.void(*[i64]*10), cache=cache, parallel=parallel, nogil=True, error_model='numpy')(drive))
 
 _forked = False
 def _after_fork():
@@ -372,13 +399,13 @@ def drive(
     out:np.ndarray=_nothing, # Where a stage leaves its sums: (chunks, sums) of float64
 ):
     "Call `fn` for all chunks, on as many threads as PyTorch uses"
-    args = fn, seen.table, (seen.table.shape[1] - seen.n_tensors)*8, tables.chunks, rows, row_ids, out
+    args = fn, seen.addresses.ctypes.data, seen.table.strides[0], tables.chunks.ctypes.data, len(tables.chunks), rows.ctypes.data, rows.strides[0], row_ids.ctypes.data, out.ctypes.data, out.strides[0]
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if tables.total < SERIAL or threads == 1 or _forked: return driver(False, rows.dtype)(*args)
+    if tables.total < SERIAL or threads == 1 or _forked: return driver(False)(*args)
     with _lock:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
-        try: driver(True, rows.dtype)(*args)
+        try: driver(True)(*args)
         finally: numba.set_num_threads(before)
 
 class Tables:
@@ -408,10 +435,10 @@ class Prepared(Tables):
     "What is the same in all steps that look alike: the chunks, and the compiled functions"
     def __init__(self, batch, seen, idxs):
         super().__init__(seen.sizes, idxs)
-        composition, formats = batch.composition, formats_of({n: DTYPES[d] for n,d in zip(batch.named(), seen.dtypes[idxs[0]].tolist())})
-        self.real = real_of(formats)
+        composition, codecs = batch.composition, codecs_of({n: DTYPES[d] for n,d in zip(batch.named(), seen.dtypes[idxs[0]].tolist())})
+        self.real = real_of(codecs)
         self.late = {stage: tuple(n for n in stage.scalars if n not in composition.row) for stage in composition.stages} # in a row, after the others
-        self.functions = {stage: compiled(stage, formats, tuple(batch.named()), composition.row + late).address for stage,late in self.late.items() if stage.whole is None}
+        self.functions = {stage: compiled(stage, codecs, tuple(batch.named()), composition.row + late).address for stage,late in self.late.items() if stage.whole is None}
 
 class NumbaWork(HostWork):
     "Parameters of one combination of dtypes, in one step"
@@ -428,7 +455,7 @@ class NumbaWork(HostWork):
         if stage.late or late: # each parameter has a row of its own
             fold_late(stage, self.known)
             n = rows.shape[1]
-            rows, row_ids = np.empty((len(row_ids), n + len(late)), prepared.real), np.arange(len(row_ids))
+            rows, row_ids = np.empty((len(row_ids), n + len(late)), prepared.real), np.arange(len(row_ids), dtype=np.int64)
             rows[:, :n] = self.rows[self.ids]
             for k,name in enumerate(late, n): rows[:, k] = self.known[name]
         out = np.empty((len(prepared.chunks), len(stage.sums))) if stage.sums else _nothing

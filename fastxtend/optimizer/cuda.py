@@ -14,7 +14,7 @@ import numpy as np, torch, triton
 import triton.language as tl
 from torch import Tensor
 
-from .formats import BLOCK, LOST, MIX_1, MIX_2, ROOTS, SMALLEST
+from .formats import BLOCK, CHANCE, LOST, MIX_1, MIX_2, SMALLEST, format_of, least_of, most_of
 from .plan import Engine, Work
 from .probe import DTYPES, Probe
 from .steppers import Composition, Line, Stage, call_names, compile_stage
@@ -22,9 +22,9 @@ from .steppers import Composition, Line, Stage, call_names, compile_stage
 if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 5): raise ImportError(f"Triton 3.5 or later is needed, not {triton.__version__}")
 
 # %% auto #0
-__all__ = ['WARPS', 'MOST', 'OPTIONS', 'FORMATS', 'CHANGED', 'triton_stage', 'triton_late', 'sums_before', 'step_kernel',
-           'sums_kernel', 'Format', 'format_of', 'beside_of', 'constants', 'make_chunks', 'upload', 'Tables',
-           'TritonEngine', 'engine', 'TritonWork', 'MachineCode', 'compile_ahead']
+__all__ = ['WARPS', 'MOST', 'OPTIONS', 'PRECISIONS', 'CHANGED', 'triton_stage', 'triton_late', 'sums_before', 'step_kernel',
+           'sums_kernel', 'Precision', 'precision_of', 'beside_of', 'formats_in', 'constants', 'make_chunks', 'upload',
+           'Tables', 'TritonEngine', 'engine', 'TritonWork', 'MachineCode', 'compile_ahead']
 
 # %% ../../nbs/optimizer.cuda.ipynb #e54c0b8b
 @triton.jit
@@ -142,11 +142,15 @@ def _load_block(param, at, size, pointers, mask, n:tl.constexpr, compute:tl.cons
 _mix_1, _mix_2, _per_stamp = tl.constexpr(MIX_1), tl.constexpr(MIX_2), tl.constexpr(BLOCK)
 
 @triton.jit
+def _mixed(x):
+    x = x*_mix_1
+    return (x ^ (x >> 15))*_mix_2
+
+@triton.jit
 def _stamps(upper, mask, BLOCK:tl.constexpr, masked:tl.constexpr):
     "The stamps of the weights of a block, of which these are the upper halves"
     nth = (tl.arange(0, BLOCK) % _per_stamp).to(tl.uint32)
-    x = ((nth << 16) | upper)*_mix_1
-    x = (x ^ (x >> 15))*_mix_2
+    x = _mixed((nth << 16) | upper)
     if masked: x = tl.where(mask, x, 0)
     return tl.sum(tl.reshape(x, (BLOCK//_per_stamp, _per_stamp)), axis=1)
 
@@ -189,6 +193,8 @@ def _close_exact(param, at, size, pointers, mask, x, exact:tl.constexpr, BLOCK:t
 
 # %% ../../nbs/optimizer.cuda.ipynb #5fbe09c3
 _smallest = tl.constexpr(SMALLEST)
+_most_signed, _most_unsigned = (tl.constexpr(most_of(d)) for d in (torch.int8, torch.uint8))
+_least_signed, _least_unsigned = (tl.constexpr(least_of(d)) for d in (torch.int8, torch.uint8))
 
 @triton.jit
 def _open_root(param, at, size, pointers, mask, position:tl.constexpr, BLOCK:tl.constexpr):
@@ -204,27 +210,35 @@ def _close_root(param, at, size, pointers, mask, x, signed:tl.constexpr, positio
     "Codes and scales for the numbers `x`"
     x = x.to(tl.float32)
     if masked: x = tl.where(mask, x, 0.)
-    top:tl.constexpr = 127. if signed else 255.
+    most:tl.constexpr = _most_signed if signed else _most_unsigned
+    least:tl.constexpr = _least_signed if signed else _least_unsigned
     bits = x.to(tl.uint32, bitcast=True)
     sizes = bits & 0x7fffffff
     greatest = tl.max(tl.reshape(sizes.to(tl.int32), (BLOCK//_per_stamp, _per_stamp)), axis=1).to(tl.float32, bitcast=True)
     greatest = tl.where(greatest < _smallest, _smallest, greatest)
-    shares = sizes.to(tl.float32, bitcast=True)*_for_each(top*top/greatest, BLOCK)
-    shares = tl.where(shares <= top*top, shares, top*top)
-    codes = tl.sqrt(shares).to(tl.int32)
-    whole = codes.to(tl.float32)
-    chance = (((bits*_mix_1) >> 9) | 0x3f800000).to(tl.float32, bitcast=True) - 1.
-    codes += (chance*(2*whole + 1) < shares - whole*whole).to(tl.int32)
+    shares = sizes.to(tl.float32, bitcast=True)*_for_each(most/greatest, BLOCK)
+    codes = tl.maximum(tl.sqrt(shares), least).to(tl.int32)
+    middle = codes.to(tl.float32) + .5
+    chance = (bits*_mix_1).to(tl.int32, bitcast=True).to(tl.float32)*2.**-31
+    codes += (chance*middle < shares - .25 - middle*middle).to(tl.int32)
     if signed: codes = tl.where(x < 0, -codes, codes).to(tl.int8)
-    else: codes = tl.where((codes == 0) & (x > 0), 1, codes).to(tl.uint8)
+    else: codes = tl.where(x > 0, codes, 0).to(tl.uint8)
     tl.store(pointers, codes, mask=mask)
     scales, there = _word_pointers(param, at, size, position, tl.float32, BLOCK)
     tl.store(scales, greatest, mask=there)
 
 # %% ../../nbs/optimizer.cuda.ipynb #c641f914
 @triton.jit
+def _either(x, p):
+    "One of the neighbours in bfloat16, by chance"
+    bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+    chance = (_mixed(p.to(tl.float32).to(tl.uint32, bitcast=True)) + (bits << 16)) >> 16
+    rounded = (bits + chance) >> 16
+    return tl.where(x != x, 0x7fc0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+@triton.jit
 def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, writes:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
-                beside:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr, clear:tl.constexpr):
+                beside:tl.constexpr, chance:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr, clear:tl.constexpr):
     "Run `stage` on a block"
     mask = _inside(at, size, BLOCK) if masked else None
     pointers = _pointers(param, at, n, dtypes, BLOCK, masked)
@@ -235,14 +249,15 @@ def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, wr
     for i in tl.static_range(2, n):
         if (writes >> i) & 1:
             if beside[i]: _close_root(param, at, size, pointers[i], mask, new[i-1], dtypes[i] == tl.int8, beside[i], BLOCK, masked)
+            elif (chance >> i) & 1: tl.store(pointers[i], _either(new[i-1], new[0]), mask=mask)
             else: tl.store(pointers[i], new[i-1].to(dtypes[i]), mask=mask)
     if clear: tl.store(pointers[1], tl.zeros((BLOCK,), dtypes[1]), mask=mask)
 
 @triton.jit
 def _step_either(param, at, size, aligned, scalars, stage:tl.constexpr, n:tl.constexpr, writes:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr,
-                 beside:tl.constexpr, BLOCK:tl.constexpr, clear:tl.constexpr):
-    if aligned & (at + BLOCK <= size): _step_block(param, at, size, scalars, stage, n, writes, dtypes, compute, beside, BLOCK, False, clear)
-    else: _step_block(param, at, size, scalars, stage, n, writes, dtypes, compute, beside, BLOCK, True, clear)
+                 beside:tl.constexpr, chance:tl.constexpr, BLOCK:tl.constexpr, clear:tl.constexpr):
+    if aligned & (at + BLOCK <= size): _step_block(param, at, size, scalars, stage, n, writes, dtypes, compute, beside, chance, BLOCK, False, clear)
+    else: _step_block(param, at, size, scalars, stage, n, writes, dtypes, compute, beside, chance, BLOCK, True, clear)
 
 @triton.jit
 def _sums(partials, totals, first, count, n_chunks, n:tl.constexpr, models:tl.constexpr, MOST:tl.constexpr):
@@ -291,6 +306,7 @@ def step_kernel(
     compute:tl.constexpr, # What steppers compute in
     n_own_tensors:tl.constexpr, # Those that steppers know; others are beside them
     beside:tl.constexpr, # For each tensor, where those beside it begin, or 0
+    chance:tl.constexpr, # Which of the tensors are rounded by chance, as bits
     BLOCK:tl.constexpr, # Elements of a block
     MOST:tl.constexpr, # Most chunks of a parameter if there are sums
 ):
@@ -298,7 +314,7 @@ def step_kernel(
     param, size, length, first, row, aligned = _find_chunk(entries, owners, tl.program_id(0), n_tensors)
     start = (tl.program_id(0) - first)*length
     scalars = _load_all(rows + row*n_row, n_row) + _carried(carried, n_carried, compute)
-    if late is None: _step_either(param, start, size, aligned, scalars, stage, n_own_tensors, writes, dtypes, compute, beside, BLOCK, clear)
+    if late is None: _step_either(param, start, size, aligned, scalars, stage, n_own_tensors, writes, dtypes, compute, beside, chance, BLOCK, clear)
     else:
         values = late(*_sums(partials, totals, first, tl.cdiv(size, length), tl.num_programs(0), n_sums, models, MOST), *scalars)
         if len(carry) > 0: _carry(carried + n_carried, values, carry, n_carried)
@@ -306,7 +322,7 @@ def step_kernel(
             if tl.program_id(0) == first: _keep(kept, tl.load(param + n_tensors + 4), values, keep)
         scalars = scalars + values
         for at in tl.range(start, tl.minimum(start + length, size), BLOCK, disable_licm=True):
-            _step_either(param, at, size, aligned, scalars, stage, n_own_tensors, writes, dtypes, compute, beside, BLOCK, clear)
+            _step_either(param, at, size, aligned, scalars, stage, n_own_tensors, writes, dtypes, compute, beside, chance, BLOCK, clear)
 
 @triton.jit
 def _keep(kept, position, values, keep:tl.constexpr):
@@ -403,19 +419,19 @@ WARPS, MOST = 4, 512
 OPTIONS = dict(num_warps=WARPS, enable_fp_fusion=True)
 
 @dataclass(frozen=True)
-class Format:
+class Precision:
     "How numbers of one dtype are computed with"
     dtype:torch.dtype # Of the tensors
     compute:torch.dtype=torch.float32 # What steppers compute in
     block:int=1024 # Elements of a block
 
-FORMATS = {f.dtype: f for f in (Format(torch.float32), Format(torch.float64, torch.float64, 512), Format(torch.bfloat16), Format(torch.float16))}
+PRECISIONS = {o.dtype: o for o in (Precision(torch.float32), Precision(torch.float64, torch.float64, 512), Precision(torch.bfloat16), Precision(torch.float16))}
 
-def format_of(
+def precision_of(
     dtypes:tuple, # Of the tensors of a parameter
-) -> Format:
+) -> Precision:
     "How they are computed with: as the widest of them is"
-    return FORMATS[torch.float64 if torch.float64 in dtypes else dtypes[0]]
+    return PRECISIONS[torch.float64 if torch.float64 in dtypes else dtypes[0]]
 
 def _named(module, dtype): return getattr(module, str(dtype).replace('torch.', ''))
 
@@ -429,9 +445,17 @@ def beside_of(
     others:tuple, # Names of the last of them, which are beside others
 ) -> tuple:
     "For each tensor that steppers know, where those beside it begin, or 0"
-    names, known = ('p', 'g', *composition.slots), dict(zip(others, range(len(dtypes) - len(others), len(dtypes))))
-    exact = known[LOST] if LOST in known and dtypes[known[LOST]] else 0
-    return tuple(exact if n == 'p' else known[ROOTS[d].names(n)[0]] if d in ROOTS else 0 for n,d in zip(names, dtypes))
+    known = dict(zip(others, range(len(dtypes) - len(others), len(dtypes))))
+    return tuple(known[fmt.names(n)[0]] if fmt and fmt.beside else 0 for n,fmt in formats_in(composition, dtypes, others).items())
+
+def formats_in(
+    composition:Composition, # Of the step
+    dtypes:tuple, # Of all tensors
+    others:tuple, # Names of the last of them, which are beside others
+) -> dict: # Name to `Format`, or to `None`
+    "How each tensor is stored that steppers know"
+    exact = dict(zip(others, dtypes[len(dtypes) - len(others):])).get(LOST) is not None
+    return {n: format_of(n, d, dtypes[0], exact) for n,d in zip(('p', 'g', *composition.slots), dtypes)}
 
 @lru_cache(None)
 def constants(
@@ -443,16 +467,16 @@ def constants(
     "Constants of `step_kernel`, or of `sums_kernel` if the stage adds up"
     stage, before, n_own_tensors = composition.stages[at], sums_before(composition, at), 2 + len(composition.slots)
     if isinstance(dtypes, torch.dtype): dtypes = (dtypes,)*n_own_tensors
-    fmt = format_of(dtypes)
+    of = precision_of(dtypes)
     f, n_read = triton_stage(composition, at)
     common = dict(stage=f, late=triton_late(composition, at), n_tensors=len(dtypes), beside=beside_of(composition, dtypes, others), n_row=len(composition.row), n_sums=len(before),
-                  models=_bits(composition.sums[n].over == 'model' for n in (*before, *stage.sums)), n_carried=len(composition.carried), dtypes=tuple(map(_pointed, dtypes)), compute=_named(tl, fmt.compute),
-                  BLOCK=fmt.block, MOST=MOST)
+                  models=_bits(composition.sums[n].over == 'model' for n in (*before, *stage.sums)), n_carried=len(composition.carried), dtypes=tuple(map(_pointed, dtypes)), compute=_named(tl, of.compute),
+                  BLOCK=of.block, MOST=MOST)
     if stage.sums: return dict(common, n_read=n_read, n_own=len(stage.gives))
     late = [f.name for f in stage.late]
     last = stage is composition.step
     return dict(common, carry=tuple(late.index(c.of) for c in composition.carried.values() if last), keep=_bits(f.keep and last for f in stage.late),
-                writes=_bits(n in stage.gives for n in ('p', 'g', *composition.slots)), clear=stage.clears, n_own_tensors=n_own_tensors)
+                writes=_bits(n in stage.gives for n in ('p', 'g', *composition.slots)), chance=_bits(fmt is CHANCE for fmt in formats_in(composition, dtypes, others).values()), clear=stage.clears, n_own_tensors=n_own_tensors)
 
 # %% ../../nbs/optimizer.cuda.ipynb #2f20148a
 def make_chunks(
@@ -523,17 +547,17 @@ class Tables:
         else: self.host[start:] = data
 
     def cut(self,
-        fmt:Format, # How they are computed with
+        of:Precision, # How they are computed with
         dtype:torch.dtype, # Of the parameters
         composition:Composition, # Of the step
     ):
         "Cut the parameters into chunks, the first time"
         if self.owners is not None: return
         n = len(composition.sums)
-        self.chunks, owners = make_chunks(self.sizes, fmt.block, MOST if n else None)
+        self.chunks, owners = make_chunks(self.sizes, of.block, MOST if n else None)
         self.owners = torch.empty(len(owners), dtype=torch.int32, device=self.device)
-        self.partials = torch.empty((n, len(owners)), dtype=fmt.compute, device=self.device) if n else None
-        self.totals = torch.zeros((n, MOST), dtype=fmt.compute, device=self.device) if any(s.over == 'model' for s in composition.sums.values()) else None
+        self.partials = torch.empty((n, len(owners)), dtype=of.compute, device=self.device) if n else None
+        self.totals = torch.zeros((n, MOST), dtype=of.compute, device=self.device) if any(s.over == 'model' for s in composition.sums.values()) else None
         self.kept = torch.empty((self.n_all, len(composition.step.late)), dtype=dtype, device=self.device) if composition.kept else None
         self.carried = torch.zeros((2, len(composition.carried)), dtype=torch.float64, device=self.device) if composition.carried else None
         self.carry = dict(zip(composition.carried, self.carried[1].unbind())) if composition.carried else {}
@@ -578,14 +602,14 @@ class TritonWork(Work):
     def __init__(self, part, batch, seen):
         self.tables, self.idxs, self.batch, self.n_done = part.prepared, part.idxs, batch, 0
         composition, tables, dtypes = batch.composition, part.prepared, tuple(DTYPES[d] for d in seen.dtypes[part.idxs[0]].tolist())
-        fmt = format_of(dtypes)
+        of = precision_of(dtypes)
         new = tables.owners is None
         if new and tables.capturing: raise RuntimeError("A step can be captured in a CUDA graph only after at least one step that was not captured")
         self.constants = {s: constants(composition, at, dtypes, tuple(batch.beside)) for at,s in enumerate(composition.stages) if s.whole is None}
         with self.on_device():
-            tables.cut(fmt, dtypes[0], composition)
+            tables.cut(of, dtypes[0], composition)
             tables.bring(batch.carry())
-            self.entries, self.rows = tables.put(seen, batch.row_ids, batch.table(_named(np, fmt.compute)))
+            self.entries, self.rows = tables.put(seen, batch.row_ids, batch.table(_named(np, of.compute)))
         if new: self.compile()
 
     def on_device(self): return torch.cuda.device(self.tables.device) if self.tables.device.type == 'cuda' else nullcontext()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['BLOCK', 'NOTHING', 'LOST', 'STAMPS', 'MIX_1', 'MIX_2', 'EXACT', 'SCALES', 'SMALLEST', 'ROOTS', 'n_blocks', 'flat',
-           'laid', 'Format', 'stamps_of', 'exact_join', 'exact_split', 'root_join', 'root_split', 'top_of']
+__all__ = ['BLOCK', 'NOTHING', 'LOST', 'STAMPS', 'MIX_1', 'MIX_2', 'EXACT', 'SCALES', 'SMALLEST', 'ROOTS', 'CHANCE', 'n_blocks',
+           'flat', 'laid', 'Format', 'stamps_of', 'exact_join', 'exact_split', 'root_join', 'root_split', 'top_of',
+           'most_of', 'least_of', 'chance_split', 'format_of']
 
 # %% ../../nbs/optimizer.formats.ipynb #dde5b061
 BLOCK = 128 # Elements that have one word in common
@@ -41,7 +42,7 @@ def laid(
     flat(res, res).copy_(xs)
     return res
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Format:
     "How numbers are stored, in a tensor and in others beside it"
     dtype:torch.dtype # Of the tensor
@@ -72,14 +73,17 @@ class Format:
 LOST, STAMPS = 'lost_bits', 'stamps'
 MIX_1, MIX_2, _32_BITS = 0x9E3779B1, 0x85EBCA6B, 0xffffffff
 
+def _mixed(x):
+    x = (x*MIX_1) & _32_BITS
+    return ((x ^ x >> 15)*MIX_2) & _32_BITS
+
 def stamps_of(
     upper:Tensor, # Upper halves in the order of memory: int16
 ) -> Tensor: # int32
     "The stamp of each block"
     n = len(upper)
     at = torch.arange(n, device=upper.device) % BLOCK
-    x = ((at << 16 | upper.long() & 0xffff)*MIX_1) & _32_BITS
-    x = ((x ^ x >> 15)*MIX_2) & _32_BITS
+    x = _mixed(at << 16 | upper.long() & 0xffff)
     sums = torch.nn.functional.pad(x, (0, n_blocks(n)*BLOCK - n)).view(-1, BLOCK).sum(1)
     return (sums & _32_BITS).int()
 
@@ -116,9 +120,9 @@ SCALES, SMALLEST = 'scales', 2.**-110 # No scale is smaller: one can be divided 
 def _chance(
     x:Tensor, # float32
 ) -> Tensor:
-    "A number from 0 to 1 for each, from its bits"
+    "A number from -1 to 1 for each, from its bits"
     bits = ((x.view(torch.int32).long() & _32_BITS)*MIX_1) & _32_BITS
-    return (bits >> 9).float()*2.**-23
+    return bits.int().float()*2.**-31
 
 def _by_block(x): return torch.nn.functional.pad(x, (0, n_blocks(len(x))*BLOCK - len(x))).view(-1, BLOCK)
 
@@ -137,14 +141,14 @@ def root_split(
     scales:Tensor, # To be written
 ):
     "Codes and scales for the numbers `x`"
-    top, x = top_of(t.dtype), flat(x.float(), t).contiguous()
+    x = flat(x.float(), t).contiguous()
     blocks = _by_block(x)
     greatest = blocks.abs().amax(1).clamp(min=SMALLEST) if len(blocks) else blocks.new_zeros(0)
-    shares = blocks.abs()*(top**2/greatest)[:, None]
-    codes = shares.clamp(max=top**2).sqrt().floor().nan_to_num(0.)
-    codes += _chance(blocks.contiguous())*(2*codes + 1) < shares - codes*codes
-    codes = codes.clamp(max=top)
-    codes = torch.maximum(codes, (blocks > 0).float()) if t.dtype == torch.uint8 else codes.copysign(blocks)
+    shares = blocks.abs()*(most_of(t.dtype)/greatest)[:, None]
+    codes = shares.nan_to_num(0.).sqrt().clamp(min=least_of(t.dtype)).floor()
+    middle = codes + .5
+    codes += _chance(blocks)*middle < shares - .25 - middle*middle
+    codes = codes.where(blocks > 0, 0.) if t.dtype == torch.uint8 else codes.copysign(blocks)
     flat(t, t).copy_(codes.flatten()[:len(x)])
     scales.copy_(greatest)
 
@@ -154,4 +158,42 @@ def top_of(
     "The greatest code"
     return 127 if dtype == torch.int8 else 255
 
+def most_of(
+    dtype:torch.dtype, # Of codes
+) -> float:
+    "The square of the greatest code, and a little less, so that no rounding leads above it"
+    return top_of(dtype)**2*(1 - 2.**-22)
+
+def least_of(
+    dtype:torch.dtype, # Of codes
+) -> float:
+    "The least root. What cannot be negative and is not zero is not stored as zero"
+    return .5 if dtype == torch.int8 else 1 + 2.**-22
+
 ROOTS = {d: Format(d, {SCALES: torch.float32}, root_join, root_split) for d in (torch.int8, torch.uint8)}
+
+# %% ../../nbs/optimizer.formats.ipynb #c0ffee02
+def chance_split(
+    x:Tensor, # float32
+    t:Tensor, # bfloat16, to be written
+    p:Tensor, # The weights
+):
+    "Round `x` up or down into `t`, right on average"
+    bits, others = (t.float().contiguous().view(torch.int32).long() & _32_BITS for t in (x, p.detach()))
+    chance = (_mixed(others) + (bits << 16) & _32_BITS) >> 16
+    rounded = (bits + chance >> 16).to(torch.int16).view(torch.bfloat16)
+    t.copy_(torch.where(x.isnan(), torch.nan, rounded))
+
+CHANCE = Format(torch.bfloat16, {}, lambda t, p: t.float(), chance_split)
+
+# %% ../../nbs/optimizer.formats.ipynb #c0ffee05
+def format_of(
+    name:str, # Of the tensor: `p`, `g`, or that of a slot
+    dtype:torch.dtype, # Its own
+    p:torch.dtype, # That of the parameter
+    exact:bool, # Are the bits kept that the parameter loses?
+) -> Format|None: # `None` if it is only converted
+    "How a tensor of a parameter is stored"
+    if name == 'p': return EXACT if exact else None
+    if dtype == torch.bfloat16 and name != 'g' and (exact or p != dtype): return CHANCE
+    return ROOTS.get(dtype)

@@ -65,7 +65,7 @@ def RMSProp(
     params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.0, # Share of the average of gradients that stays in a step (β1)
-    sqr_mom:float=0.99, # The same of the average of squares (β2)
+    sqr_mom:float=0.99, # Share of the average of squares that stays in a step (β2)
     eps:float=1e-08, # Added to denominators
     wd:float=0.0, # Weight decay
     decouple_wd:bool=True, # True weight decay, or L2 regularization?

@@ -8,12 +8,12 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np, torch
-from numba import carray, njit, types
+from numba import njit, types
 from torch import Tensor, nn
 
 from .pointers import c_function, i64, i64_ptr, with_cache
 from .formats import BLOCK, NOTHING
-from .probe import BESIDE, CODES, DEVICE, DTYPE, NONE, OK, SHAPE, STRIDES, UNREADABLE, WORDS, Probe
+from .probe import BESIDE, CODES, DEVICE, DTYPE, DTYPES, NONE, OK, SHAPE, STRIDES, UNREADABLE, WORDS, Probe
 
 # %% auto #0
 __all__ = ['where_keys_are', 'compiled_probe']
@@ -24,82 +24,86 @@ _call_item = c_function(i64, 2)             # PyList_GetItem
 _call_type = c_function(i64, 1)             # PyObject_Type
 _call_forget = c_function(types.void, 1)    # Py_DecRef
 _call_clear = c_function(types.void, 0)     # PyErr_Clear
+_WORDS = 6                                  # of a description
 
-def _fill(functions, plain, impl, lists, beside, table):
-    first, other, n = np.empty(6, np.int64), np.empty(6, np.int64), len(lists)
-    for t in range(len(table)):
-        table[t, 0] = _look_at(functions, plain, impl, lists, beside, t, table[t, 3:3+n], table[t, 3+n:], first, other)
-        if table[t, 0] == OK:
-            size = 1
-            for s in carray(i64_ptr(first[3]), first[2] & 0xffffffff): size *= s
-            table[t, 1], table[t, 2] = size, first[1]
-        else: table[t, 3:3+n] = 0
+_inner = njit(error_model='numpy', no_cpython_wrapper=True, no_cfunc_wrapper=True) # is called from compiled code only
 
-@njit(error_model='numpy')
-def _is_dense(shape, strides):
+@_inner
+def _size(ndim, shape):
+    size = 1
+    for d in range(ndim): size *= shape[d]
+    return size
+
+@_inner
+def _is_dense(ndim, shape, strides):
     "Is this a permutation of a contiguous layout?"
     expected, todo = 1, 0
-    for d in range(len(shape)):
+    for d in range(ndim):
         if shape[d] == 0: return True
         if shape[d] > 1: todo += 1
     for _ in range(todo):
         found = False
-        for d in range(len(shape)):
+        for d in range(ndim):
             if shape[d] > 1 and strides[d] == expected:
                 expected, found = expected*shape[d], True
                 break
         if not found: return False
     return True
 
-@njit(error_model='numpy')
-def _look_at(functions, plain, impl, lists, beside, t, dtypes, addresses, first, other):
+# %% ../../nbs/optimizer.looking.ipynb #5e0c12fb
+def _fill(functions, plain, impl, kinds, infos, lists, n, beside, table, n_params):
+    info = i64_ptr(infos)
+    for t in range(n_params):
+        at = table + 8*(3 + 2*n)*t
+        row, dtypes = i64_ptr(at), i64_ptr(at + 8*3)
+        row[0] = _look_at(functions, plain, impl, i64_ptr(kinds), i64_ptr(lists), n, beside, t, dtypes, i64_ptr(at + 8*(3 + n)), infos)
+        if row[0] == OK: row[1], row[2] = _size(info[2] & 0xffffffff, i64_ptr(info[3])), info[1]
+        else:
+            for k in range(n): dtypes[k] = 0
+
+@_inner
+def _look_at(functions, plain, impl, kinds, lists, n, beside, t, dtypes, addresses, infos):
     "Describe the tensors at position `t` of all `lists`; the reason why a kernel cannot take them, if there is one"
     describe, item, type_of, forget, clear = functions
-    for k in range(len(lists)):
-        info, obj = first if k == 0 else other, _call_item(item, lists[k], t)
-        is_beside = k >= len(lists) - beside
+    for k in range(n):
+        at, obj = infos + 8*_WORDS*(k > 0), _call_item(item, lists[k], t)
+        is_beside = k >= n - beside
         if is_beside and obj == plain[2]:
             dtypes[k], addresses[k] = NONE, 0
             continue
         typ = _call_type(type_of, obj) if obj else 0
         if obj: _call_forget(forget, typ)
-        if not ((typ == plain[0] or typ == plain[1]) and _keys(obj, impl) & impl[2] == 0 and _call_describe(describe, obj, info.ctypes.data) == 0):
+        if not ((typ == plain[0] or typ == plain[1]) and _keys(obj, impl) & impl[2] == 0 and _call_describe(describe, obj, at) == 0):
             _call_clear(clear)
             return UNREADABLE
+        first, info = i64_ptr(infos), i64_ptr(at)
         addresses[k] = info[0] + info[5]
-        ndim = info[2] & 0xffffffff
-        code, bits, lanes = (info[2] >> 32) & 255, (info[2] >> 40) & 255, (info[2] >> 48) & 0xffff
-        shape, strides = carray(i64_ptr(info[3]), ndim), carray(i64_ptr(info[4]), ndim)
         if info[1] != first[1]: return DEVICE
-        if is_beside:
-            if lanes != 1 or not ((code == 0 and (bits == 16 or bits == 32)) or (code == 2 and bits == 32)): return DTYPE
-            dtypes[k] = BESIDE if bits == 16 else WORDS if code == 0 else WORDS + 1
-            if bits == 32:
-                size = 1
-                for s in carray(i64_ptr(first[3]), first[2] & 0xffffffff): size *= s
-                if ndim != 1 or shape[0] != -(-size//BLOCK): return SHAPE
-                if shape[0] > 1 and strides[0] != 1: return STRIDES
-                continue
+        code, end = BESIDE if is_beside else 0, NONE if is_beside else BESIDE if k > 1 else CODES
+        while code < end and kinds[code] != info[2] >> 32: code += 1
+        if code == end: return DTYPE
+        dtypes[k] = code
+        ndim, shape, strides = info[2] & 0xffffffff, i64_ptr(info[3]), i64_ptr(info[4])
+        ndim_0, shape_0, strides_0 = first[2] & 0xffffffff, i64_ptr(first[3]), i64_ptr(first[4])
+        if code >= WORDS:
+            if ndim != 1 or shape[0] != -(-_size(ndim_0, shape_0)//BLOCK): return SHAPE
+            if shape[0] > 1 and strides[0] != 1: return STRIDES
+        elif k == 0:
+            if not _is_dense(ndim, shape, strides): return STRIDES
         else:
-            if lanes != 1 or not ((code == 2 and (bits == 16 or bits == 32 or bits == 64)) or (code == 4 and bits == 16) or (k > 1 and code < 2 and bits == 8)): return DTYPE
-            dtypes[k] = CODES + code if code < 2 else 2 if code == 4 else 3 if bits == 16 else 1 if bits == 64 else 0
-        if k == 0:
-            if not _is_dense(shape, strides): return STRIDES
-        else:
-            if ndim != first[2] & 0xffffffff: return SHAPE
-            shape_0, strides_0 = carray(i64_ptr(first[3]), ndim), carray(i64_ptr(first[4]), ndim)
+            if ndim != ndim_0: return SHAPE
             for d in range(ndim):
                 if shape[d] != shape_0[d]: return SHAPE
                 if strides[d] != strides_0[d] and shape[d] > 1: return STRIDES
     return OK
 
 # %% ../../nbs/optimizer.looking.ipynb #0bec2cb0
-@njit(error_model='numpy')
+@_inner
 def _keys(obj, impl):
     "The dispatch keys of the tensor `obj`"
-    return carray(i64_ptr(carray(i64_ptr(obj + impl[0]), 1)[0] + impl[1]), 1)[0]
+    return i64_ptr(i64_ptr(obj + impl[0])[0] + impl[1])[0]
 
-_WORDS = 23 # of 8 bytes, which a tensor's memory has at most
+_MOST = 23 # words of 8 bytes, which a tensor's memory has at most
 
 def _raw(keys): return keys.raw_repr()
 
@@ -112,7 +116,7 @@ def where_keys_are() -> tuple[int, int, int]|None: # Offset of the pointer in th
     try: keys = [_raw(torch._C._dispatch_keys(t)) for t in examples]
     except AttributeError: return None
     at = next((o for o in range(object.__basicsize__, Tensor.__basicsize__, 8) if all(_word(id(t) + o) == t._cdata for t in examples)), None)
-    found = next((k*8 for k in range(2, _WORDS) if all(_word(t._cdata + k*8) == v for t,v in zip(examples, keys))), None)
+    found = next((k*8 for k in range(2, _MOST) if all(_word(t._cdata + k*8) == v for t,v in zip(examples, keys))), None)
     if at is None or found is None or len(set(keys)) < 4: return None
     return at, found, (keys[1] | keys[3] | keys[4]) & ~keys[0] & ~_raw(torch._C._dispatch_keys(torch.ones(2, dtype=torch.complex64)))
 
@@ -130,17 +134,23 @@ def _describer():
 
 def _address(function): return ctypes.cast(function, ctypes.c_void_p).value
 
+def _kind(dtype):
+    "How DLPack writes a dtype: code, bits, and one lane"
+    code = 4 if dtype == torch.bfloat16 else 2 if dtype.is_floating_point else int(not dtype.is_signed)
+    return code + (8*dtype.itemsize << 8) + (1 << 16)
+
 def compiled_probe():
     "`probe` in compiled code, or `None` if PyTorch does not tell what is needed for it"
     describe, py = _describer(), ctypes.pythonapi
     impl = where_keys_are() if describe else None
     if not impl: return None
     functions = (describe, *map(_address, (py.PyList_GetItem, py.PyObject_Type, py.Py_DecRef, py.PyErr_Clear)))
-    plain, ids, table = (id(Tensor), id(nn.Parameter), id(NOTHING)), types.Array(i64, 1, 'C'), types.Array(i64, 2, 'C')
-    sig = types.void(types.UniTuple(i64, 5), types.UniTuple(i64, 3), types.UniTuple(i64, 3), ids, i64, table)
+    plain, kinds = (id(Tensor), id(nn.Parameter), id(NOTHING)), np.array(list(map(_kind, DTYPES[:NONE])))
+    sig = types.void(types.UniTuple(i64, 5), types.UniTuple(i64, 3), types.UniTuple(i64, 3), *[i64]*7)
     fill = with_cache(lambda cache: njit(sig, cache=cache, error_model='numpy')(_fill))
     def compiled(*tensors, beside=0):
-        lists, res = list(map(list, tensors)), Probe.empty(len(tensors[0]), len(tensors))
-        fill(functions, plain, impl, np.array(list(map(id, lists))), beside, res.table)
+        lists, infos, res = list(map(list, tensors)), np.empty(2*_WORDS, np.int64), Probe.empty(len(tensors[0]), len(tensors))
+        ids = np.array(list(map(id, lists)))
+        fill(functions, plain, impl, kinds.ctypes.data, infos.ctypes.data, ids.ctypes.data, len(lists), beside, res.table.ctypes.data, len(res.table))
         return res
     return compiled

@@ -341,7 +341,7 @@ class Composition:
     def together(self): "How many stages there are up to the last that adds up over the model"; return max((i+1 for i,s in enumerate(self.stages) if any(o.over == 'model' for o in s.sums.values())), default=0)
 
     @cached_property
-    def moved(self): "How many numbers a step reads and writes for each element, if each stage is one pass"; return sum(len(s.tensors) + bool(s.whole) for s in self.stages) + len(self.step.gives)
+    def moved(self): "Names of what a step reads and writes, once for each time, if each stage is one pass"; return [*(n for s in self.stages for n in (*s.tensors, *(s.gives if s.whole else ()))), *self.step.gives]
 
     @cached_property
     def kernels(self): "The stages that are kernels"; return [s for s in self.stages if s.whole is None]
