@@ -2022,6 +2022,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fastxtend/optimizer/table.py'),
                                            'fastxtend.optimizer.table.OptimizerSpec.switches': ( 'optimizer.table.html#optimizerspec.switches',
                                                                                                  'fastxtend/optimizer/table.py'),
+                                           'fastxtend.optimizer.table.OptimizerSpec.ways': ( 'optimizer.table.html#optimizerspec.ways',
+                                                                                             'fastxtend/optimizer/table.py'),
                                            'fastxtend.optimizer.table._all_slots': ( 'optimizer.table.html#_all_slots',
                                                                                      'fastxtend/optimizer/table.py'),
                                            'fastxtend.optimizer.table._named': ( 'optimizer.table.html#_named',
