@@ -57,18 +57,34 @@ def is_taken(name, options):
     except ValueError: return False
     return True
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def trained(make, dtype):
+    ps = parameters(dtype=dtype)
+    run(make(ps), ps, 100)
+    return ps
+
+def farthest(ps, exact): return max((p.detach() - e.detach()).abs().max().item() for p,e in zip(ps, exact))
+
+@pytest.fixture(params=[torch.float64, torch.float32])
+def dtype(request):
+    "Of parameters, and of what PyTorch keeps in the default dtype: a product of NAdam's momenta"
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
 @pytest.mark.parametrize('name', COLUMNS)
 def test_numbers(name, dtype):
-    "100 steps, for all options and ways to step: in float64 to the last digits, in float32 within what PyTorch allows its own"
+    """100 steps, for all options and ways to step: in float64 to the last digits; in float32 within what PyTorch allows its own, or, where errors
+    have grown beyond that, about as near to float64 as PyTorch is"""
     for options in all_options(name, 1e-2 if dtype == torch.float64 else 1e-3):
         if not is_taken(name, options): continue
-        expected = parameters(dtype=dtype)
-        run(torch_opt(name, expected, **options), expected, 100)
+        def theirs(ps): return torch_opt(name, ps, **options)
+        expected = trained(theirs, dtype)
         for flags in FLAGS:
-            ps = parameters(dtype=dtype)
-            run(getattr(ours, name)(ps, **options, **flags), ps, 100)
-            assert_close(ps, expected, 1e-10 if dtype == torch.float64 else None)
+            ps = trained(lambda ps: getattr(ours, name)(ps, **options, **flags), dtype)
+            if dtype == torch.float64: assert_close(ps, expected)
+            elif not all(torch.allclose(p, e, rtol=1.3e-6, atol=1e-5) for p,e in zip(ps, expected)):
+                exact = trained(theirs, torch.float64)
+                assert farthest(ps, exact) < 1.5*farthest(expected, exact) < 1e-4
 
 @pytest.mark.parametrize('name', COLUMNS)
 def test_defaults(name):
