@@ -141,9 +141,10 @@ def test_needs_no_learner(ours):
         import sys, {ours}
         assert not {{'fastai.learner', 'sklearn', 'numba', 'triton', 'timm', 'torchvision'}} & set(sys.modules)
         from fastai.learner import Learner
-        print(Learner.create_opt.__module__, len([f for f in sys.meta_path if type(f).__module__.startswith('fastxtend')]))
+        print(Learner.create_opt.__module__.rpartition('.')[0], *sorted({{'fastxtend.callback.muon', 'fastxtend.callback.schedulefree'}} & set(sys.modules)),
+              len([f for f in sys.meta_path if type(f).__module__.startswith('fastxtend')]))
     ''')
-    assert out == 'fastxtend.callback.schedulefree 0\n'
+    assert out == 'fastxtend.callback fastxtend.callback.muon fastxtend.callback.schedulefree 0\n'
 
 SNAPSHOT = '''
     import sys, warnings
