@@ -173,7 +173,7 @@ def test_attachments(name):
             else:
                 for a,p in zip(average, params): a.data.copy_(a.float().lerp(p, .1))
         return params, average
-    for steps,tols in ((1, (1e-4, 1e-2)), (5, (5e-3, 1e-2))): # state is rounded by chance, which follows from the last bits of the weights
+    for steps,tols in ((1, (1e-4, 1e-2)), (5, (5e-3, 4e-2))): # state, and an average in bfloat16, are rounded by chance
         for (a,b),tol in zip(zip(run(False, steps), run(True, steps)), tols):
             for x,y in zip(a, b): torch.testing.assert_close(x, y, rtol=tol, atol=tol/10)
 
