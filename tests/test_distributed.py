@@ -227,7 +227,20 @@ def interpreted(name, way):
     plan.kernels_for.cache_clear()
     return check_close(weights(alone(name, net, 2)[0]), weights(model))
 
-TASKS = {f.__name__: f for f in (ddp, distrib_ctx, fsdp, wide, partly, twice, clipped, interpreted)}
+def halved(name, way):
+    "State in bfloat16: of shards, and of whole tensors where norms are needed"
+    if way != 'fused': return 'has no such state'
+    model = shard(net())
+    params = list(model.parameters())
+    opt = build(name, [params[:2], params[2:]], way, lr=slice(1e-3, 1e-2), state='bfloat16')
+    train_on(model, opt, batches())
+    assert {t.dtype for p in params for n,t in opt.state[p].items() if n in opt.slot_names} == {torch.bfloat16}
+    check_report(opt, way, [True]*7)
+    far = max(float((a - whole(b)).abs().max()) for a,b in zip(weights(alone(name)[0]), weights(model)))
+    assert 0 < far < 5e-3, far
+    return f'{far:.1e} away'
+
+TASKS = {f.__name__: f for f in (ddp, distrib_ctx, fsdp, wide, partly, twice, clipped, halved, interpreted)}
 
 def launch(folder, **tasks):
     "Run the tasks for some optimizers with each backend in `WORLD` processes"
@@ -249,7 +262,7 @@ def launch(folder, **tasks):
 
 def test_two_processes(tmp_path):
     with_triton = dict(interpreted=['Adam', 'Ranger']) if has_triton() else {}
-    launch(tmp_path, ddp=WITH_ORACLE, fsdp=[*WITH_ORACLE, 'Muon'], wide=['Adam', 'Lamb'], partly=WITH_ORACLE, twice=WITH_ORACLE, clipped=['Adam'], **with_triton)
+    launch(tmp_path, ddp=WITH_ORACLE, fsdp=[*WITH_ORACLE, 'Muon'], wide=['Adam', 'Lamb'], partly=WITH_ORACLE, twice=WITH_ORACLE, clipped=['Adam'], halved=['Adam', 'Lamb'], **with_triton)
 
 def test_distrib_ctx(tmp_path):
     pytest.importorskip('accelerate')

@@ -160,10 +160,10 @@ def test_modifiers(modify):
 @pytest.mark.parametrize('name', ('Adam', 'Lamb'))
 def test_attachments(name):
     "Clip, average and clear in the same step: as if it was done apart"
-    def run(attached):
+    def run(attached, steps):
         params, average = make_params(SMALL), make_params(SMALL, torch.bfloat16, seed=3)
         opt = build(name, params, 'fused', state='bfloat16')
-        for gs in make_grads(tuple(SMALL.values()), steps=5):
+        for gs in make_grads(tuple(SMALL.values()), steps=steps):
             set_grads(params, gs)
             if attached: opt.attached.update(clip=Attachment((clip_gradients,), scalars=dict(clip_norm=.5), over=params), clear=Attachment(last=(clear_gradients,)),
                                              average=Attachment(last=(average_weights,), scalars=dict(average_weight=.1), lend=dict(average=lambda ps: average)))
@@ -173,8 +173,9 @@ def test_attachments(name):
             else:
                 for a,p in zip(average, params): a.data.copy_(a.float().lerp(p, .1))
         return params, average
-    for (a,b),tol in zip(zip(run(False), run(True)), (1e-4, 1e-2)):
-        for x,y in zip(a, b): torch.testing.assert_close(x, y, rtol=tol, atol=tol/10)
+    for steps,tols in ((1, (1e-4, 1e-2)), (5, (5e-3, 4e-2))): # state, and an average in bfloat16, are rounded by chance
+        for (a,b),tol in zip(zip(run(False, steps), run(True, steps)), tols):
+            for x,y in zip(a, b): torch.testing.assert_close(x, y, rtol=tol, atol=tol/10)
 
 @on_cpu
 def test_what_no_kernel_takes_keeps_its_dtype():

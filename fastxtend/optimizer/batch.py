@@ -102,7 +102,7 @@ class Batch:
     def write(self, name, i, x):
         "Overwrite a tensor, as it is stored, with numbers"
         fmt, ts = self.stored(name, i)
-        if fmt: fmt.split(x, *ts)
+        if fmt: fmt.split(*(t.to_local() if is_sharded(t) else t for t in (x, *ts)))
         else: overwrite(ts[0], x)
 
     def named(self) -> dict:

@@ -263,10 +263,10 @@ def {name}(_tensors, _start, _n, _row, _out):
     {scalars}
     {totals} = 0.
     _end = _start + _n
-    for _start in range(_start, _end, 512):
+    for _start in range(_start, _end, {piece}):
         {arrays}
         {parts} = zero
-        for _i in range(min(512, _end - _start)):
+        for _i in range(min({piece}, _end - _start)):
             {loads}
             {lines}
             {add}
@@ -279,9 +279,9 @@ def {name}(_tensors, _start, _n, _row, _out):
     _at, _values = carray(i64_ptr(_tensors), {n_tensors}), carray(scalars_at(_row), {n_scalars})
     {scalars}
     _end = _start + _n
-    for _start in range(_start, _end, 512):
+    for _start in range(_start, _end, {piece}):
         {arrays}
-        for _i in range(min(512, _end - _start)):
+        for _i in range(min({piece}, _end - _start)):
             {loads}
             {lines}
             {stores}
@@ -298,12 +298,13 @@ def chunk_source(
     "Source of the function that runs `stage` over consecutive elements"
     def block(text, indent): return text.replace('\n', '\n' + ' '*indent)
     at = {x: tensors.index(x) for x in stage.tensors}
-    opened = {x: f'_{x}, _at[{k}], ' + ''.join(f'_at[{tensors.index(n)}], ' for n in codecs[k].beside) + '_start, min(512, _end - _start)' for x,k in at.items() if codecs[k].open}
+    piece = 512 if stage.sums else 1024 # Elements that are added up before they are doubles, or are opened together
+    opened = {x: f'_{x}, _at[{k}], ' + ''.join(f'_at[{tensors.index(n)}], ' for n in codecs[k].beside) + f'_start, min({piece}, _end - _start)' for x,k in at.items() if codecs[k].open}
     length = '_end - _start' if stage.sums or opened else '_n'
     def array(x, k): return f'_{x} = carray(elements_{k}(_at[{k}] + _start*{codecs[k].size}), {length})' if x not in opened else f'open_{k}({opened[x]})'
     parts = dict(
-        name=name, n_tensors=len(tensors), n_scalars=len(row), n_sums=len(stage.sums),
-        scalars=block('\n'.join([f'{x} = _values[{row.index(x)}]' for x in stage.scalars] + [f'_{x} = empty(512, float32)' for x in opened]) or 'pass', 4),
+        name=name, piece=piece, n_tensors=len(tensors), n_scalars=len(row), n_sums=len(stage.sums),
+        scalars=block('\n'.join([f'{x} = _values[{row.index(x)}]' for x in stage.scalars] + [f'_{x} = empty({piece}, float32)' for x in opened]) or 'pass', 4),
         arrays='\n'.join(array(x, k) for x,k in at.items()),
         loads='\n'.join(f'{x} = load_{k}(_{x}[_i])' for x,k in at.items()),
         lines='\n'.join(with_numbers_in(l) for l in stage.lines))

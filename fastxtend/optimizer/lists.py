@@ -207,13 +207,13 @@ def _is_odd(batch):
     if any(t is not NOTHING for ts in batch.beside.values() for t in ts): return True
     batch = replace(batch, beside={})
     ts = [t for ts in batch.tensors() for t in ts]
-    return not any(map(is_sharded, ts)) and any(t.dtype != ts[0].dtype or t.is_neg() or t._is_zerotensor() for t in ts)
+    return any(t.dtype != ts[0].dtype or not is_sharded(t) and (t.is_neg() or t._is_zerotensor()) for t in ts)
 
 def _plainly(batch):
     "`batch` in tensors of one dtype, of 32 bits at least, whose bytes are their elements: copies where they are not"
     full = batch.with_tensors(*([batch.read(n, i) for i in range(len(batch))] for n in ('p', 'g', *batch.slots)))
     dtype = torch.float64 if any(t.dtype == torch.float64 for ts in full.tensors() for t in ts) else torch.float32
-    return full.with_tensors(*([t.to(dtype).resolve_neg() for t in ts] for ts in full.tensors()))
+    return full.with_tensors(*([t.to(dtype) if is_sharded(t) else t.to(dtype).resolve_neg() for t in ts] for ts in full.tensors()))
 
 def unnoticed(
     run:Callable, # Of a `Work`
