@@ -9,7 +9,7 @@ from fastxtend.benchmark import models, steps, training
 from fastxtend.benchmark.__main__ import command, main
 from fastxtend.benchmark.models import CliError, NotInstalled, UnknownName, model_shapes, shapes_of
 from fastxtend.benchmark.report import PUBLISHED, frame, machine, noisy, pivot, published_table, step_report, step_summary, time_cell, verdict
-from fastxtend.benchmark.steps import (LION, LR, OPTIMI, OURS, PRODIGY, PYTORCH_OPTIMIZER, SCHEDULEFREE, TIMM, TORCH, WARM_UP, Benchmark, Contest,
+from fastxtend.benchmark.steps import (HEAVYBALL, LION, LR, OPTIMI, OURS, PRODIGY, PYTORCH_OPTIMIZER, SCHEDULEFREE, TIMM, TORCH, WARM_UP, Benchmark, Contest,
                                        Contestant, Stopwatch, Watcher, bytes_per_parameter, choose_backends, device_name, group_lrs, hypers_of, race,
                                        recommend, tensors_per_parameter)
 from fastxtend.optimizer.plan import error_of
@@ -147,7 +147,7 @@ def test_calls_and_memory_of_backends():
 # Contestants
 
 PEERS = dict(torch_loop=TORCH, torch_foreach=TORCH, torch_fused=('SGD', 'Adam'), optimi=OPTIMI, timm=TIMM,
-             lion_pytorch=LION, pytorch_optimizer=PYTORCH_OPTIMIZER, schedulefree=SCHEDULEFREE, prodigyopt=PRODIGY)
+             lion_pytorch=LION, pytorch_optimizer=PYTORCH_OPTIMIZER, schedulefree=SCHEDULEFREE, prodigyopt=PRODIGY, heavyball=HEAVYBALL)
 
 @pytest.mark.parametrize('backend,name', [(b, n) for b in OURS[1:] for n,o in OPTIMIZERS.items() if b != 'jit' or o.jit] + [(b, n) for b,names in PEERS.items() for n in names])
 def test_contestants_step_alike(backend, name):

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastxtend import optim as ours
 from fastxtend.benchmark.models import model_shapes
+from fastxtend.benchmark.steps import Watcher
 from fastxtend.callback.muon import outer_params
 from fastxtend.optimizer import muon
 from fastxtend.optimizer.attach import Attachment, average_weights
@@ -238,9 +239,27 @@ def test_products_of_a_step(model):
 @pytest.mark.parametrize('way', ALL_WAYS)
 def test_kernels_of_a_step(way):
     "Two of matrices and one of the rest"
-    opt = build('Muon', make_params(SMALL), way)
+    params = make_params(SMALL)
+    opt = build('Muon', params, way)
+    set_grads(params, params)
     assert kernels_of('Muon', SMALL) == (3, 0)
     assert len(opt.gather()) == 2 and [len(b) for b in opt.gather()] == [2, 3]
+
+def test_room():
+    "What a step needs for the time being: a float32 for each element of matrices, and five times a batch"
+    params, most = [torch.randn(64, 192) for _ in range(6)] + [torch.randn(48, 48)], 2*64*192
+    opt = Muon(params, .1, fused=True)
+    set_grads(params, params)
+    opt.step()
+    def peak():
+        with Watcher() as w: opt.step()
+        return w.peak
+    matrices = 4*sum(map(Tensor.numel, params))
+    whole = peak()
+    muon.BATCH, before = most, muon.BATCH
+    try: pieces = peak()
+    finally: muon.BATCH = before
+    assert matrices < pieces < matrices + 5*4*most + 1000 < whole < matrices + 5*4*6*64*192 + 1000
 
 # --- Together with others
 

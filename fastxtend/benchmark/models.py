@@ -113,19 +113,20 @@ def _users_own(name):
     return shapes
 
 def _vectors(name):
-    "Shapes of `300x1000`, or `None` if `name` is not like that"
-    found = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', name)
-    return found and [(int(found[2]),)]*int(found[1])
+    "Shapes of `300x1000` or `160x64x64`, or `None` if `name` is not like that"
+    if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)+', name): return None
+    n, *shape = map(int, name.split('x'))
+    return [tuple(shape)]*n
 
 def _is_users_own(name): return re.fullmatch(r'\w+(\.\w+)*:\w+', name)
 
 def model_name(
-    name:str, # Name of a model in any case, `module:function`, or `300x1000`
+    name:str, # Name of a model in any case, `module:function`, `300x1000`, or `160x64x64`
 ) -> str:
     "The name as it is in the table, or `UnknownName`"
     name = name.strip()
     if _is_users_own(name) or _vectors(name): return name
-    return look_up('model', name, list(MODELS), ", or module:function of your own, or NxM for N vectors of M elements")
+    return look_up('model', name, list(MODELS), ", or module:function of your own, or NxM for N vectors of M elements (NxMxK for matrices)")
 
 @lru_cache(None)
 def model_shapes(

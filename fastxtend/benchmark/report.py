@@ -20,7 +20,7 @@ __all__ = ['PACKAGES', 'TIE', 'AGAIN', 'PUBLISHED_ON', 'PUBLISHED', 'METHOD', 'C
            'time_tables', 'step_summary', 'step_report', 'plot_speedups', 'plot_roofline', 'plot_scaling', 'save_plots']
 
 # %% ../../nbs/benchmark.report.ipynb #767693c6
-PACKAGES = ('fastxtend', 'fastai', 'torch', 'numba', 'triton', 'timm', 'transformers', 'torch-optimi', 'lion-pytorch', 'pytorch_optimizer', 'schedulefree', 'prodigyopt', 'bitsandbytes', 'torchao')
+PACKAGES = ('fastxtend', 'fastai', 'torch', 'numba', 'triton', 'timm', 'transformers', 'torch-optimi', 'lion-pytorch', 'pytorch_optimizer', 'schedulefree', 'prodigyopt', 'heavyball', 'bitsandbytes', 'torchao')
 
 def cpu_name() -> str:
     "Model name of the processor"
@@ -213,7 +213,7 @@ def step_report(
 # %% ../../nbs/benchmark.report.ipynb #cbf95fd2
 COLORS = dict(native='#7f7f7f', foreach='#1f77b4', jit='#2ca02c', fused='#d62728', fused_bfloat16='#9467bd', fused_int8='#8c564b', fused_exact='#e377c2', fused_exact_int8='#17becf', torch_loop='#c7c7c7', torch_foreach='#aec7e8',
               torch_fused='#ff9896', torch_compiled='#c5b0d5', optimi='#ffbb78', timm='#c49c94',
-              lion_pytorch='#c7c7c7', pytorch_optimizer='#dbdb8d', schedulefree='#9edae5', prodigyopt='#f7b6d2', bitsandbytes='#393b79', torchao='#637939')
+              lion_pytorch='#c7c7c7', pytorch_optimizer='#dbdb8d', schedulefree='#9edae5', prodigyopt='#f7b6d2', heavyball='#9c9ede', bitsandbytes='#393b79', torchao='#637939')
 
 def _axes(n, width=5., height=3., most=2):
     "`n` axes in rows of at most `most`"

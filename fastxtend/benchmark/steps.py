@@ -19,15 +19,17 @@ from .models import NotInstalled, UnknownName, look_up, model_name, model_shapes
 from ..optimizer import all as _all # every optimizer is in the table then
 from ..optimizer.core import COARSE
 from ..optimizer.declare import helper_of
+from ..optimizer.muon import is_matrix
 from ..optimizer.formats import format_of
 from ..optimizer.table import OPTIMIZERS
 
 # %% auto #0
-__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'LION', 'PYTORCH_OPTIMIZER', 'SCHEDULEFREE', 'EIGHT_BITS', 'PRODIGY',
-           'FORMATS', 'CONTESTANTS', 'COPY', 'WARM_UP', 'TURN', 'OURS', 'hypers_of', 'optimizer_name',
-           'bytes_per_parameter', 'tensors_per_parameter', 'split_groups', 'group_lrs', 'Lacking', 'Contestant',
-           'contestant_name', 'Stopwatch', 'time_calls', 'race', 'Watcher', 'watch_calls', 'Result', 'summarize',
-           'Contest', 'choose', 'device_name', 'choose_backends', 'Benchmark', 'Recommendation', 'recommend']
+__all__ = ['SETTINGS', 'LR', 'TORCH', 'OPTIMI', 'TIMM', 'LION', 'PYTORCH_OPTIMIZER', 'SCHEDULEFREE', 'HEAVYBALL', 'EIGHT_BITS',
+           'PRODIGY', 'FORMATS', 'CONTESTANTS', 'COPY', 'WARM_UP', 'TURN', 'OURS', 'hypers_of', 'optimizer_name',
+           'bytes_per_parameter', 'tensors_per_parameter', 'split_groups', 'group_lrs', 'Several', 'torch_muon',
+           'pytorch_optimizer_muon', 'heavyball_muon', 'Lacking', 'Contestant', 'contestant_name', 'Stopwatch',
+           'time_calls', 'race', 'Watcher', 'watch_calls', 'Result', 'summarize', 'Contest', 'choose', 'device_name',
+           'choose_backends', 'Benchmark', 'Recommendation', 'recommend']
 
 # %% ../../nbs/benchmark.steps.ipynb #047eca0f
 SETTINGS = dict(SGD=dict(mom=.9))
@@ -105,7 +107,51 @@ def _three_betas(h): return {**_betas(h), 'betas': (h['mom'], h['diff_mom'], h['
 def _lion(h): return dict(betas=(h['mom'], h['avg_mom']), weight_decay=h['wd'])
 def _momentum(h): return dict(momentum=h['mom'], weight_decay=h['wd'])
 
+class Several:
+    "Optimizers that step one after the other"
+    def __init__(self,
+        opts:list, # Optimizers
+        keep:bool=False, # Put gradients back that they take away?
+    ): self.opts, self.param_groups, self.keep = opts, [g for o in opts for g in o.param_groups], keep
+
+    def step(self):
+        grads = [(p, p.grad) for g in self.param_groups for p in g['params']] if self.keep else ()
+        for o in self.opts: o.step()
+        for p,g in grads: p.grad = g
+
+def _by_way(groups):
+    "Groups of matrices, and groups of everything else"
+    return [[g for g in ({**g, 'params': [p for p in g['params'] if is_matrix(p) == way]} for g in groups) if g['params']] for way in (True, False)]
+
+def _flat(p):
+    "A convolution as a matrix in the same memory, with its gradient"
+    flat = p.detach().flatten(1)
+    flat.grad = p.grad.flatten(1)
+    return flat
+
+def torch_muon(groups, lr, adam, foreach=None, fused=None, **kwargs):
+    "PyTorch's Muon for matrices and its AdamW for everything else"
+    if not hasattr(torch.optim, 'Muon'): raise Lacking(f"PyTorch has Muon since 2.9, and this is {torch.__version__}")
+    matrices, others = _by_way(groups)
+    opts = [torch.optim.Muon([{**g, 'params': [_flat(p) for p in g['params']]} for g in matrices], lr, **kwargs)] if matrices else []
+    return Several(opts + ([torch.optim.AdamW(others, lr, foreach=foreach, fused=fused, **adam)] if others else []))
+
+def pytorch_optimizer_muon(groups, lr, adam, **kwargs):
+    "Groups say which way they go"
+    from pytorch_optimizer import Muon
+    matrices, others = _by_way(groups)
+    return Muon([*({**g, **kwargs, 'use_muon': True} for g in matrices), *({**g, **adam, 'use_muon': False} for g in others)], lr)
+
+def heavyball_muon(groups, lr, **kwargs):
+    "It takes gradients away after each step"
+    from heavyball import MuonAdamW
+    return Several([MuonAdamW(groups, lr, **kwargs)], keep=True)
+
+def _adams(h): return dict(betas=(h['adam_mom'], h['adam_sqr_mom']), eps=h['adam_eps'], weight_decay=h['wd'])
+def _muon(h): return dict(nesterov=h['nesterov'], ns_steps=h['ns_steps'], adam=_adams(h), **_momentum(h))
+
 TORCH = dict(
+    Muon=(torch_muon, _muon),
     SGD=('SGD', _momentum),
     RMSProp=('RMSprop', lambda h: dict(alpha=h['sqr_mom'], eps=h['eps'], **_momentum(h))),
     Adam=('AdamW', _betas),
@@ -130,11 +176,13 @@ PYTORCH_OPTIMIZER = dict(
     AdEMAMix=('AdEMAMix', lambda h: {**_betas(h), 'betas': (h['mom'], h['sqr_mom'], h['slow_mom']), 'alpha': h['slow_factor'], 'weight_decouple': True}),
     AdaBelief=('AdaBelief', lambda h: dict(weight_decouple=True, **_betas(h))),
     LaProp=('LaProp', lambda h: dict(weight_decouple=True, **_betas(h))),
+    Muon=(pytorch_optimizer_muon, _muon),
     MARS=('MARS', lambda h: dict(betas=(h['mom'], h['sqr_mom']), betas_1d=(h['mom_1d'], h['sqr_mom_1d']), gamma=h['gamma'], eps=h['eps'],
                                  weight_decay=h['wd'], weight_decay_1d=h['wd'], weight_decouple=True, optimize_1d=h['vectors'], lr_1d_factor=h['lr_1d'])))
 SCHEDULEFREE = dict(
     ScheduleFreeAdam=('AdamWScheduleFree', lambda h: dict(warmup_steps=h['warmup'], **_betas(h))),
     ScheduleFreeSGD=('SGDScheduleFree', lambda h: dict(warmup_steps=h['warmup'], **_momentum(h))))
+HEAVYBALL = dict(Muon=(heavyball_muon, lambda h: dict(betas=(h['mom'], h['adam_sqr_mom']), eps=h['adam_eps'], nesterov=h['nesterov'], weight_decay=h['wd'])))
 EIGHT_BITS = dict(Adam=('AdamW8bit', _betas))
 PRODIGY = dict(Prodigy=('Prodigy', lambda h: dict(d0=h['first_estimate'], **_betas(h))))
 
@@ -146,9 +194,10 @@ def _peer(module, algorithms, compile=False, **flags):
     def build(optimizer, groups, hypers):
         if optimizer not in algorithms: raise Lacking(f"{module} has no {optimizer}")
         name, kwargs = algorithms[optimizer]
-        cls = getattr(importlib.import_module(module), name)
+        library = importlib.import_module(module)
+        cls = getattr(library, name) if isinstance(name, str) else name
         lacks = set(flags) - set(inspect.signature(cls).parameters)
-        if lacks: raise Lacking(f"{module}.{name} has no `{only(lacks)}`")
+        if lacks: raise Lacking(f"{module}.{optimizer} has no `{only(lacks)}`")
         opt = cls([dict(params=g, lr=lr) for g,lr in zip(groups, group_lrs(len(groups)))], lr=LR, **kwargs(hypers), **flags)
         if hasattr(opt, 'train'): opt.train() # Schedule-Free
         if compile: opt.step = torch.compile(opt.step)
@@ -188,6 +237,7 @@ CONTESTANTS = {o.name: o for o in (
     Contestant('pytorch_optimizer', _peer('pytorch_optimizer', PYTORCH_OPTIMIZER), 'pytorch_optimizer', False),
     Contestant('schedulefree',   _peer('schedulefree', SCHEDULEFREE, foreach=True), 'schedulefree', False),
     Contestant('prodigyopt',     _prodigyopt, 'prodigyopt', False),
+    Contestant('heavyball',      _peer('heavyball', HEAVYBALL), 'heavyball', False),
     Contestant('bitsandbytes',   _peer('bitsandbytes.optim', EIGHT_BITS), 'bitsandbytes', False, FORMATS['int8']),
     Contestant('torchao',        _peer('torchao.optim', EIGHT_BITS), 'torchao', False, FORMATS['int8']),
 )}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect, math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
 from weakref import ref
 
 import numpy as np, torch
@@ -263,7 +262,7 @@ def composition(self:FastOptimizer,
 @patch
 def compositions(self:FastOptimizer) -> list[Composition]:
     "What parameters are stepped with, whatever their flags are"
-    return [self.composition((), on) for n in range(len(self.spec.flags) + 1) for on in combinations(self.spec.flags, n)]
+    return [self.composition((), on) for on in self.spec.ways]
 
 @patch
 def composed(self:FastOptimizer,

@@ -224,6 +224,12 @@ def unnoticed(
         with torch._C._AutoDispatchBelowADInplaceOrView(): return run(self, stage)
     return quiet
 
+def _copy(ts, new):
+    "Overwrite tensors. (There is no ForEach function that copies `DTensor`s)"
+    if not is_sharded(ts[0]): torch._foreach_copy_(ts, new)
+    else:
+        for t,x in zip(ts, new): t.copy_(x)
+
 class ListEngine(Engine):
     "Runs steppers, or a written step in their place, on lists of tensors"
     def __init__(self,
@@ -268,7 +274,7 @@ class ListWork(HostWork):
         else:
             for tensors,owners in self.blocks(stage):
                 new = _on_lists(stage)(*(tensors[n] for n in stage.tensors), *self.scalars(stage, owners))
-                for n,ts in zip(stage.gives, new): torch._foreach_copy_(tensors[n].ts, ts.ts)
+                for n,ts in zip(stage.gives, new): _copy(tensors[n].ts, ts.ts)
             if stage is self.batch.composition.step: self.write_back()
 
     def add_up(self, stage):

@@ -55,6 +55,9 @@ class OptimizerSpec:
         return None if self.hypers is None else frozenset({'lr', 'do_wd', *FACTS, *self.hypers, *self.options})
 
     @cached_property
+    def ways(self): "Combinations of flags that a parameter may have: names of those that are on"; return [on for n in range(len(self.flags) + 1) for on in combinations(self.flags, n)]
+
+    @cached_property
     def defaults(self): "Default values of the constructor's arguments, without `lr` and flags"; return {n: v for n,v in {**(self.hypers or {}), **self.options}.items() if n not in self.hidden}
 
     def steppers(self,
@@ -74,7 +77,7 @@ class OptimizerSpec:
         **arguments, # Of the constructor, where they differ from the defaults
     ) -> list[Composition]:
         "The same for each combination of flags that a parameter may have"
-        return [self.composition(on, **arguments) for n in range(len(self.flags) + 1) for on in combinations(self.flags, n)]
+        return [self.composition(on, **arguments) for on in self.ways]
 
     def slots(self,
         **arguments, # Of the constructor, where they differ from the defaults
