@@ -211,7 +211,7 @@ class Adversary(RuleBasedStateMachine):
         ok, was = a.isfinite(), None if before is None else before.get(key)
         def top(t): return float(t[t.isfinite()].abs().max()) if t.isfinite().any() else 0.
         off = float((a - b)[ok].abs().max()) if ok.any() else 0.
-        scale = max(top(a), 0. if was is None else top(was.double()), (scales or {}).get(key, 0.), torch.finfo(torch.float32).tiny)
+        scale = max(top(a), 0. if was is None else top(was.double()), (scales or {}).get(key, 0.), torch.finfo(own).smallest_normal) # below it numbers are no finer
         mixed = len({t.dtype for t in self.native.tensors().values()}) > 1 # a model was converted: what is rounded most decides
         eps = max([torch.finfo(own).eps, *(torch.finfo(d).eps for d in (self.dtypes_of(key) if mixed else []))])
         allowed = (EPS_16[way] if eps > 1e-4 else EPS)*eps*scale
@@ -454,6 +454,7 @@ class Adversary(RuleBasedStateMachine):
         groups = [g for g,ids in enumerate(self.group_ids) if set(ids) & set(self.stepping())]
         if not groups or hyper not in self.native.inner.hypers[0]: return
         if hyper == 'mom' and self.hypers['mom'] == 0.: return
+        if hyper != 'lr' and self.spec.flags: return # parameters may be stepped without it
         g = groups[g % len(groups)]
         kept = self.native.inner.hypers[g][hyper]
         def change(side): side.inner.hypers[g][hyper] = self.BAD[kind]
@@ -567,11 +568,11 @@ class Adversary(RuleBasedStateMachine):
         self.act('load')
 
     def load_native(self, sd):
-        "fastai takes the tensors as they are; ours get the dtype of their parameter"
+        "fastai takes the tensors as they are; ours get the dtype of their parameter, and parameters that shared a slot have their own then"
         params = [p for pg in self.native.opt.param_lists for p in pg]
         for p,s in zip(params, sd['state']):
             for k,t in s.items():
-                if isinstance(t, Tensor) and k in ('grad_avg', 'sqr_avg'): s[k] = t.to(p.dtype)
+                if isinstance(t, Tensor) and k not in FLAGS: s[k] = (t.to(p.dtype) if k in ('grad_avg', 'sqr_avg') else t).clone()
         if sd.get('slow_weights') is not None:
             sd['slow_weights'] = L(L(s.to(p.dtype) for p,s in zip(pg, spg)) for pg,spg in zip(self.native.opt.param_lists, sd['slow_weights']))
         sd['hypers'] = L(sd['hypers'])
