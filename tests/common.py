@@ -45,6 +45,7 @@ def ways(name, of=WAYS):
 
 def slots_of(name, mom=.9): return OPTIMIZERS[name].slots(**(dict(mom=mom) if 'mom' in OPTIMIZERS[name].hypers else {}))
 
+@lru_cache(None)
 def norms_of(name): return bool(OPTIMIZERS[name].composition().sums)
 
 def takes_whole(name): return any(c.filled for c in OPTIMIZERS[name].compositions())

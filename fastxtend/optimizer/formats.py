@@ -179,7 +179,7 @@ def chance_split(
     p:Tensor, # The weights
 ):
     "Round `x` up or down into `t`, right on average"
-    bits, others = (t.float().contiguous().view(torch.int32).long() & _32_BITS for t in (x, p.detach()))
+    bits, others = (t.float().resolve_neg().contiguous().view(torch.int32).long() & _32_BITS for t in (x, p.detach()))
     chance = (_mixed(others) + (bits << 16) & _32_BITS) >> 16
     rounded = (bits + chance >> 16).to(torch.int16).view(torch.bfloat16)
     t.copy_(torch.where(x.isnan(), torch.nan, rounded))
