@@ -96,7 +96,7 @@ class Column:
     constants:dict=field(default_factory=dict) # Hyperparameters that are no arguments
     check:Callable=None # As of `OptimizerSpec`
     inner:tuple=() # Names of counters that PyTorch does without, and does not save
-    options:tuple=() # Names of options, beside flags, that decide what a step consists of
+    options:dict=field(default_factory=dict) # PyTorch's name of each option, beside flags, that decides what a step consists of, to ours
     flags:Callable=lambda o: {} # From the options of a group to the `flags` of an `OptimizerSpec`
 
 BETAS = {'mom': ('betas', 0), 'sqr_mom': ('betas', 1)}
@@ -145,7 +145,7 @@ def _muon_column(spec):
     names = {**COMMON, 'mom': ('momentum', None), 'adam_lr': ('adam_lr', None), 'adam_mom': ('adam_betas', 0), 'adam_sqr_mom': ('adam_betas', 1), 'adam_eps': ('adam_eps', None)}
     defaults = dict(lr=1e-3, weight_decay=own['wd'], momentum=own['mom'], nesterov=own['nesterov'], ns_coefficients=COEFFICIENTS['standard'][0], eps=own['ns_eps'], ns_steps=own['ns_steps'],
                     adjust_lr_fn=None, use_muon=None, adam_lr=own['adam_lr'], adam_betas=(own['adam_mom'], own['adam_sqr_mom']), adam_eps=own['adam_eps'], decoupled_weight_decay=True, maximize=False)
-    return Column(names, _muon, {}, None, defaults, options=('ns_coefficients', 'eps', 'ns_steps', 'adjust_lr_fn', 'use_muon'), flags=_use_muon)
+    return Column(names, _muon, {}, None, defaults, options=dict(ns_coefficients='coefficients', eps='ns_eps', ns_steps='ns_steps', adjust_lr_fn='scale', use_muon=None), flags=_use_muon)
 
 def _steppers_of(spec):
     def steppers(o):
@@ -498,6 +498,7 @@ def _about(
     amsgrad, # Divide by the root of the largest mean square so far?
     decoupled_weight_decay, # True weight decay, or L2 regularization?
     maximize, # Go up, and not down?
+    use_muon, # Does Muon step the parameters of a group, or Adam? If that is not said, Muon steps what is a matrix
     foreach, # `True`: all parameters together, with `torch._foreach_*`; `False`: one parameter after the other
     fused, # `True`: one kernel, or an error if there can be none; `False`: no kernel; without either flag a kernel where there can be one
     capturable, # Has to be off
@@ -515,7 +516,7 @@ def help_of(
 ) -> str:
     "What it is, and what its arguments mean"
     own, about = docments(_own_spec(cls).constructor), {}
-    for n,(k,_) in cls.column.names.items(): about.setdefault(k, []).append(own.get(n))
+    for n,k in [*((n, k) for n,(k,_) in cls.column.names.items()), *((n, k) for k,n in cls.column.options.items())]: about.setdefault(k, []).append(own.get(n))
     told = {**own, **{k: '; '.join(filter(None, o)) for k,o in about.items()}, **{k: o for k,o in docments(_about).items() if o}}
     return '\n'.join([what, '', 'Args:', *(f'    {n}: {told[n]}' for n in cls.__signature__.parameters)])
 

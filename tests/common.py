@@ -227,7 +227,7 @@ def processes():
     limits of memory mean what they say"""
     from multiprocessing import forkserver
     ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['common', 'fastai.basics', 'pytest'])
+    ctx.set_forkserver_preload(['common', 'fastai.callback.schedule', 'pytest'])
     path = os.pathsep.join(dict.fromkeys([os.path.dirname(__file__), *filter(None, sys.path)]))
     with patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='1', MALLOC_MMAP_THRESHOLD_='65536'): forkserver.ensure_running()
     return ctx

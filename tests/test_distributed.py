@@ -6,7 +6,8 @@ from unittest.mock import patch
 import pytest
 from common import *
 
-from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders
+from fastai.callback.schedule import Learner
 from fastxtend.callback.clip import GradientClip
 from fastxtend.optimizer import plan
 from fastxtend.optimizer.plan import SHARDED

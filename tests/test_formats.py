@@ -197,14 +197,7 @@ def test_interpreted():
 
 @pytest.mark.skipif(not INTERPRETS, reason="run by test_interpreted")
 @pytest.mark.parametrize('name', ('Adam', 'Lamb'))
-def test_on_gpus(name, on_cpu_tensors, monkeypatch): # not of float64 parameters: the interpreter cannot convert float64 to bfloat16
-    from triton import language as tl
-    from triton.runtime import interpreter
-    convert = interpreter._convert_float
-    def to_bfloat16(x, src, dst, mode): # the interpreter cuts off, and GPUs round
-        if dst != tl.bfloat16: return convert(x, src, dst, mode)
-        return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    monkeypatch.setattr(interpreter, '_convert_float', to_bfloat16)
+def test_on_gpus(name, on_cpu_tensors):
     params = make_params(SMALL)
     opt = build(name, params, 'fused', state='bfloat16')
     assert_follows(opt, params, tuple(SMALL.values()), 4)

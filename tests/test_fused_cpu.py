@@ -197,3 +197,11 @@ def test_nothing_keeps_gradients_alive():
     for p in params: p.grad = None
     gc.collect()
     assert not any(g() is not None for g in grads)
+
+def test_functions_are_told_apart_by_name():
+    "In Numba's cache, and when what comes from it is linked: two that are not the same have different names"
+    codecs = set(cpu.CODECS.values())
+    functions = [*(f for c in codecs for f in (c.load, c.save, c.open, c.close, *cpu._in(c, np.float64)) if f), *(f for real in (np.float32, np.float64) for f in cpu.math_in(real).values())]
+    functions = [f.py_func for f in functions if hasattr(f, 'py_func')]
+    made = {f.__qualname__: f for f in functions}
+    for f in functions: assert (made[f.__qualname__].__code__, made[f.__qualname__].__closure__) == (f.__code__, f.__closure__)

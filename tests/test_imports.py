@@ -1,5 +1,6 @@
 "What an import of fastxtend does to others: nothing, and what it needs: little. Each test has an interpreter of its own"
-import importlib.util, subprocess, sys
+import ast, importlib.util, subprocess, sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from textwrap import dedent
 
@@ -82,6 +83,24 @@ def test_blocking_blocks():
         print(find_spec('torchvision'))
     '''))
     assert out == 'not imported\nNone\n'
+
+def imports_of(name):
+    "Modules of ours that a module imports, in functions too"
+    path = root.joinpath(*name.split('.'))
+    path = path/'__init__.py' if path.is_dir() else path.with_suffix('.py')
+    package = name if path.name == '__init__.py' else name.rpartition('.')[0]
+    for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if not isinstance(o, ast.ImportFrom): continue
+        source = importlib.util.resolve_name('.'*o.level + (o.module or ''), package)
+        for found in ([f'{source}.{a.name}' for a in o.names] if source in ('fastxtend', *{m.rpartition('.')[0] for m in modules}) else [source]):
+            if found in modules: yield found
+
+def test_no_import_runs_backwards():
+    "Modules import what stands below them: there is no circle, none that is closed in a function either, and optimizers know nothing of what is built around them"
+    graph = {name: set(imports_of(name)) for name in modules}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(modules) and sum(map(len, graph.values())) > 100
+    around = {(name, o) for name,found in graph.items() if name.startswith('fastxtend.optimizer.') for o in found if not o.startswith('fastxtend.optimizer.')}
+    assert not around
 
 REPLACED = {'SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'ranger'}
 ADDED = {'Ranger', 'sgd', 'rmsprop', 'adam', 'radam', 'qhadam', 'larc', 'lamb', 'FusedOptimizer', 'FusedLookahead', 'JitOptimizer', 'JitLookahead',

@@ -207,14 +207,15 @@ def test_on_gpus(name, on_cpu_tensors):
     assert {o.backend for o in opt.backend_report()} == {'triton'} and codes(opt, params[0])
 
 @on_cpu
-@pytest.mark.parametrize('way', ('exact', 'int8', 'both'))
+@pytest.mark.parametrize('way', ('bfloat16', 'exact', 'int8', 'both'))
 def test_machine_code(way):
     "Ahead of time: nothing is spilled, and all that is loaded and stored for each element is as wide as can be"
     if not has_triton(): pytest.skip("the kernels need Triton 3.5 or later")
     from fastxtend.optimizer import cuda
     composition = OPTIMIZERS['Adam'].composition()
-    exact, coarse = way != 'int8', way != 'exact'
-    dtypes = (*(torch.bfloat16 if exact else torch.float32,)*2, *((torch.int8, torch.uint8) if coarse else (torch.float32,)*2), *((torch.int16, torch.int32) if exact else ()), *((torch.float32,)*2 if coarse else ()))
+    exact, coarse = way in ('exact', 'both'), way in ('int8', 'both')
+    slots = dict(bfloat16=(torch.bfloat16,)*2, exact=(torch.float32,)*2).get(way, (torch.int8, torch.uint8))
+    dtypes = (*(torch.bfloat16 if exact else torch.float32,)*2, *slots, *((torch.int16, torch.int32) if exact else ()), *((torch.float32,)*2 if coarse else ()))
     others = (*(('lost_bits', 'stamps') if exact else ()), *(('grad_avg_scales', 'sqr_avg_scales') if coarse else ()))
     code = cuda.compile_ahead(cuda.step_kernel, cuda.constants(composition, 0, dtypes, others), 90)
     assert code.spilled == 0 and code.registers <= 128

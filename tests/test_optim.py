@@ -40,12 +40,12 @@ OPTIONS = dict(
     NAdam=[dict(decoupled_weight_decay=d, momentum_decay=.01) for d in (False, True)],
     RAdam=[dict(decoupled_weight_decay=d, eps=1e-4) for d in (False, True)])
 
-def all_options(name):
+def all_options(name, lr=1e-2):
     "Ours, and those of PyTorch's own tests; in a soak test every combination of the values that are in them"
     pytest.importorskip('expecttest') # which PyTorch's tests need
     from torch.testing._internal.common_optimizers import optim_db
     theirs = next(o for o in optim_db if o.optim_cls.__name__ == name).optim_inputs_func(device='cpu')
-    listed = [*(dict(lr=1e-2, weight_decay=wd, maximize=m, **o) for o,wd,m in product(OPTIONS[name], (0, .1), (False, True))), *(o.kwargs for o in theirs)]
+    listed = [*(dict(lr=lr, weight_decay=wd, maximize=m, **o) for o,wd,m in product(OPTIONS[name], (0, .1), (False, True))), *(o.kwargs for o in theirs)]
     if not SOAK: return listed
     default = torch_opt(name, parameters()).defaults
     values = {k: {repr(o[k]): o[k] for o in (default, *listed) if k in o} for o in listed for k in o}
@@ -61,7 +61,7 @@ def is_taken(name, options):
 @pytest.mark.parametrize('name', COLUMNS)
 def test_numbers(name, dtype):
     "100 steps, for all options and ways to step: in float64 to the last digits, in float32 within what PyTorch allows its own"
-    for options in all_options(name):
+    for options in all_options(name, 1e-2 if dtype == torch.float64 else 1e-3):
         if not is_taken(name, options): continue
         expected = parameters(dtype=dtype)
         run(torch_opt(name, expected, **options), expected, 100)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 from common import *
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders
+from fastai.callback.schedule import Learner
 from torch import nn
 
 each_way = pytest.mark.parametrize('way', BACKENDS)

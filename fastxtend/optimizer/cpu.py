@@ -24,10 +24,10 @@ from .probe import DTYPES, Probe
 from .steppers import Stage, called_by, compile_function, with_numbers_in
 
 # %% auto #0
-__all__ = ['CODECS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'bfloat_to_float',
-           'float_to_bfloat', 'float_to_either', 'same', 'Codec', 'open_exact', 'close_exact', 'root_codec',
-           'codecs_of', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables', 'NumbaEngine',
-           'engine', 'Prepared', 'NumbaWork']
+__all__ = ['CODECS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'told_apart',
+           'bfloat_to_float', 'float_to_bfloat', 'float_to_either', 'same', 'Codec', 'open_exact', 'close_exact',
+           'root_codec', 'codecs_of', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables',
+           'NumbaEngine', 'engine', 'Prepared', 'NumbaWork']
 
 # %% ../../nbs/optimizer.cpu.ipynb #034c452c
 @intrinsic
@@ -56,6 +56,14 @@ def float_to_bits(typingctx, x):
 
 _jit = partial(njit, error_model='numpy', fastmath={'contract'})
 _inner = partial(_jit, no_cpython_wrapper=True, no_cfunc_wrapper=True) # for what is called from compiled code only: it compiles in half the time
+
+def told_apart(
+    f:Callable, # A function that is made more than once
+    what, # What tells it apart from others of its name
+) -> Callable:
+    "`f` by a name of its own: machine code from Numba's cache is found by name and types of arguments, in the cache and when it is linked"
+    f.__qualname__ += f'_{what}'
+    return f
 
 @_inner
 def bfloat_to_float(x): return bits_to_float(np.uint32(x) << np.uint32(16))
@@ -177,17 +185,19 @@ def root_codec(
 ) -> Codec:
     "Eight bits of the root of an element's share of the greatest in its block"
     signed, top = dtype == torch.int8, top_of(dtype)
-    ptr, store, code = pointer_to(types.int8 if signed else types.uint8), *((np.int8, np.int32) if signed else (np.uint8, np.uint32))
+    ptr, own = pointer_to(types.int8 if signed else types.uint8), partial(told_apart, what=dtype)
     unit, smallest, most, least = np.float32(1/top**2), np.float32(SMALLEST), np.float32(most_of(dtype)), np.float32(least_of(dtype))
     to_whole, quarter, zero = np.float32(2**23 - .5), np.float32(.25), np.float32(0)
 
     @_inner
+    @own
     def decode(out, codes, scale):
         for i in range(len(out)):
             c = np.float32(codes[i])
             out[i] = c*_size(c)*scale
 
     @_inner
+    @own
     def encode(x, codes, share):
         for i in range(len(x)):
             s = _size(x[i])*share
@@ -200,9 +210,11 @@ def root_codec(
             else: codes[i] = np.uint8(c if x[i] > zero else _no_bits)
 
     @_inner
+    @own
     def root_at(at, scales_at, start, n): return carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
 
     @_jit
+    @own
     def open_root(out, at, scales_at, start, n):
         codes, scales = root_at(at, scales_at, start, n)
         for b in range(len(scales)):
@@ -210,6 +222,7 @@ def root_codec(
             decode(out[i:j], codes[i:j], scales[b]*unit)
 
     @_jit
+    @own
     def close_root(x, at, scales_at, start, n):
         codes, scales = root_at(at, scales_at, start, n)
         for b in range(len(scales)):
@@ -313,13 +326,13 @@ def math_in(
     real:type, # `np.float32` or `np.float64`
 ) -> dict:
     "What steppers may call, for Numba; NaN goes where PyTorch lets it go"
-    number = _inner(lambda x: real(x))
-    return dict(
-        sqrt=math.sqrt, exp=math.exp, log=math.log, abs=abs, number=number,
-        where=_inner(lambda flag, a, b: a if flag else b),
-        sign=_inner(lambda x: real(1) if x > 0 else real(-1) if x < 0 else real(0)),
-        minimum=_inner(lambda a, b: a if a != a or a < b else b),
-        maximum=_inner(lambda a, b: a if a != a or a > b else b))
+    own = dict(
+        number=lambda x: real(x),
+        where=lambda flag, a, b: a if flag else b,
+        sign=lambda x: real(1) if x > 0 else real(-1) if x < 0 else real(0),
+        minimum=lambda a, b: a if a != a or a < b else b,
+        maximum=lambda a, b: a if a != a or a > b else b)
+    return dict(sqrt=math.sqrt, exp=math.exp, log=math.log, abs=abs, **{n: _inner(told_apart(f, f'{n}_{real.__name__}')) for n,f in own.items()})
 
 def _sources(f):
     "Bytecode and constants of a stepper and all it calls"
@@ -359,8 +372,11 @@ def _in(fmt, real):
     "How a tensor is loaded and saved where all is computed in `real`"
     if (fmt.compute == types.float64) == (real is np.float64): return fmt.load, fmt.save
     load, save = fmt.load, fmt.save
-    if fmt.chance: return _inner(lambda x: real(load(x))), _inner(lambda x, p: save(np.float32(x), np.float32(p)))
-    return _inner(lambda x: real(load(x))), _inner(lambda x: save(np.float32(x)))
+    own = partial(told_apart, what=f'{fmt.dtype}_{fmt.store}_{fmt.chance}')
+    def load_as(x): return real(load(x))
+    def save_as(x): return save(np.float32(x))
+    def save_with(x, p): return save(np.float32(x), np.float32(p))
+    return _inner(own(load_as)), _inner(own(save_with if fmt.chance else save_as))
 
 # %% ../../nbs/optimizer.cpu.ipynb #95379210
 CHUNK, SERIAL = 2**14, 2**16

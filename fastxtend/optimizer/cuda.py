@@ -216,7 +216,7 @@ def _close_root(param, at, size, pointers, mask, x, signed:tl.constexpr, positio
     sizes = bits & 0x7fffffff
     greatest = tl.max(tl.reshape(sizes.to(tl.int32), (BLOCK//_per_stamp, _per_stamp)), axis=1).to(tl.float32, bitcast=True)
     greatest = tl.where(greatest < _smallest, _smallest, greatest)
-    shares = sizes.to(tl.float32, bitcast=True)*_for_each(most/greatest, BLOCK)
+    shares = sizes.to(tl.float32, bitcast=True)*_for_each(tl.full(greatest.shape, most, tl.float32)/greatest, BLOCK)
     codes = tl.maximum(tl.sqrt(shares), least).to(tl.int32)
     middle = codes.to(tl.float32) + .5
     chance = (bits*_mix_1).to(tl.int32, bitcast=True).to(tl.float32)*2.**-31

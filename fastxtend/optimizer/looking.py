@@ -24,7 +24,7 @@ _call_item = c_function(i64, 2)             # PyList_GetItem
 _call_type = c_function(i64, 1)             # PyObject_Type
 _call_forget = c_function(types.void, 1)    # Py_DecRef
 _call_clear = c_function(types.void, 0)     # PyErr_Clear
-_WORDS = 6                                  # of a description
+_INFO = 6                                   # words of a description
 
 _inner = njit(error_model='numpy', no_cpython_wrapper=True, no_cfunc_wrapper=True) # is called from compiled code only
 
@@ -66,7 +66,7 @@ def _look_at(functions, plain, impl, kinds, lists, n, beside, t, dtypes, address
     "Describe the tensors at position `t` of all `lists`; the reason why a kernel cannot take them, if there is one"
     describe, item, type_of, forget, clear = functions
     for k in range(n):
-        at, obj = infos + 8*_WORDS*(k > 0), _call_item(item, lists[k], t)
+        at, obj = infos + 8*_INFO*(k > 0), _call_item(item, lists[k], t)
         is_beside = k >= n - beside
         if is_beside and obj == plain[2]:
             dtypes[k], addresses[k] = NONE, 0
@@ -149,7 +149,7 @@ def compiled_probe():
     sig = types.void(types.UniTuple(i64, 5), types.UniTuple(i64, 3), types.UniTuple(i64, 3), *[i64]*7)
     fill = with_cache(lambda cache: njit(sig, cache=cache, error_model='numpy')(_fill))
     def compiled(*tensors, beside=0):
-        lists, infos, res = list(map(list, tensors)), np.empty(2*_WORDS, np.int64), Probe.empty(len(tensors[0]), len(tensors))
+        lists, infos, res = list(map(list, tensors)), np.empty(2*_INFO, np.int64), Probe.empty(len(tensors[0]), len(tensors))
         ids = np.array(list(map(id, lists)))
         fill(functions, plain, impl, kinds.ctypes.data, infos.ctypes.data, ids.ctypes.data, len(lists), beside, res.table.ctypes.data, len(res.table))
         return res
