@@ -1539,6 +1539,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastxtend.optimizer.muon': { 'fastxtend.optimizer.muon.Muon': ('optimizer.muon.html#muon', 'fastxtend/optimizer/muon.py'),
                                           'fastxtend.optimizer.muon._adam_rate': ( 'optimizer.muon.html#_adam_rate',
                                                                                    'fastxtend/optimizer/muon.py'),
+                                          'fastxtend.optimizer.muon._batch_of': ( 'optimizer.muon.html#_batch_of',
+                                                                                  'fastxtend/optimizer/muon.py'),
                                           'fastxtend.optimizer.muon._gram_steps': ( 'optimizer.muon.html#_gram_steps',
                                                                                     'fastxtend/optimizer/muon.py'),
                                           'fastxtend.optimizer.muon._has_bfloat16': ( 'optimizer.muon.html#_has_bfloat16',
