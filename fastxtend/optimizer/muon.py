@@ -85,12 +85,12 @@ def _runs(coefficients, most):
     return runs
 
 def newton_schulz(
-    x:Tensor, # Matrices with no more rows than columns: (matrices, rows, columns)
+    x:Tensor, # Matrices with no more rows than columns: (matrices, rows, columns). They are overwritten
     coefficients:tuple, # Three numbers for each iteration
     eps:float=1e-7, # Least norm to divide by
 ) -> Tensor: # Of the same shape
     "Bring all singular values of each matrix near to 1"
-    x = x/torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).clamp(min=eps).to(x.dtype)
+    x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps))
     if x.shape[2] < LONG*x.shape[1]:
         for o in coefficients: x = _plain_step(x, *o)
         return x
@@ -136,7 +136,7 @@ def _orthogonalise(ts, coefficients, eps):
     turned = [padded and m.shape[0] > m.shape[1] for m in matrices]
     matrices = [m.mT if t else m for m,t in zip(matrices, turned)]
     rows, cols = matrices[0].shape[0], max(m.shape[1] for m in matrices)
-    x = torch.zeros(len(ts), rows, cols, dtype=dtype_of_products(matrices[0]), device=full[0].device)
+    x = (torch.zeros if padded else torch.empty)(len(ts), rows, cols, dtype=dtype_of_products(matrices[0]), device=full[0].device)
     def parts(x): return [o[:, :m.shape[1]] for o,m in zip(x, matrices)] if padded else list(x)
     torch._foreach_copy_(parts(x), matrices)
     x = newton_schulz(x.mT, coefficients, eps).mT if rows > cols else newton_schulz(x, coefficients, eps)
