@@ -21,7 +21,7 @@ from fastxtend.optimizer.all import adam, muon
 from fastxtend.optimizer.muon import coefficients_of, dtype_of_products, is_matrix, orthogonalise
 
 OUT = Path(__file__).parent.parent/'benchmarks'
-RATES = dict(adam=(1e-3, 3e-3, 1e-2, 3e-2), muon=(1e-2, 3e-2, 1e-1, 3e-1))
+RATES = dict(adam=(1e-3, 3e-3, 1e-2, 3e-2), muon=(3e-3, 1e-2, 3e-2, 1e-1))
 OPTS = dict(adam=adam(wd=.01, fused=True), muon=muon(wd=.01, adam_lr=.1, fused=True)) # what Muon leaves to Adam has a tenth of its rate
 SEEDS, TUNING_SEED = (1, 2, 3), 0
 
