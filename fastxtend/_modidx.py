@@ -150,6 +150,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'fastxtend/benchmark/steps.py'),
                                            'fastxtend.benchmark.steps.Contest.warm_up': ( 'benchmark.steps.html#contest.warm_up',
                                                                                           'fastxtend/benchmark/steps.py'),
+                                           'fastxtend.benchmark.steps.Contest.watched': ( 'benchmark.steps.html#contest.watched',
+                                                                                          'fastxtend/benchmark/steps.py'),
                                            'fastxtend.benchmark.steps.Contestant': ( 'benchmark.steps.html#contestant',
                                                                                      'fastxtend/benchmark/steps.py'),
                                            'fastxtend.benchmark.steps.Lacking': ( 'benchmark.steps.html#lacking',
