@@ -114,7 +114,7 @@ def rate(models=('ViT-S/16', 'XResNet50', '160x64x64'), rounds=7):
     for model in models:
         matrices = [m for m in map(torch.randn, model_shapes(model)) if is_matrix(m)]
         products = partial(orthogonalise, matrices, coefficients=coefficients_of('standard', 5))
-        a, = torch.randn(1, 2048, 2048).to(dtype_of_products(matrices[0].flatten(1)))
+        a, = torch.randn(1, 2048, 2048).to(dtype_of_products(max(matrices, key=torch.numel).flatten(1)))
         with FlopCounterMode(display=False) as counter: products()
         contest, times = dict(products=(products, counter.get_total_flops()), large=(partial(torch.mm, a, a), 2*2048**3)), dict(products=[], large=[])
         for _ in range(rounds):
