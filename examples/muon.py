@@ -1,10 +1,11 @@
 """Muon against Adam, each with the best of some learning rates, on two small trainings: handwritten digits with a ViT, and the text of Python modules
 with a character model. `python examples/muon.py tune` tries rates on one seed, `python examples/muon.py` trains on three others with the best of each
-and writes benchmarks/muon_training.csv, .md and .png."""
+and writes benchmarks/muon_training.csv, .md and .png. `python examples/muon.py rate` measures how fast Muon's products are, for benchmarks/muon_rate.md."""
 import argparse, csv, importlib.util, platform, warnings
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 with warnings.catch_warnings():
@@ -12,10 +13,15 @@ with warnings.catch_warnings():
     from fastai.basics import *
     from fastai.callback.all import *
     from sklearn.datasets import load_digits
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastxtend.benchmark.models import model_shapes
+from fastxtend.benchmark.report import cpu_name
 from fastxtend.optimizer.all import adam, muon
+from fastxtend.optimizer.muon import coefficients_of, dtype_of_products, is_matrix, orthogonalise
 
 OUT = Path(__file__).parent.parent/'benchmarks'
-RATES = dict(adam=(1e-3, 2e-3, 4e-3, 8e-3), muon=(1e-2, 2e-2, 4e-2, 8e-2))
+RATES = dict(adam=(1e-3, 3e-3, 1e-2, 3e-2), muon=(3e-3, 1e-2, 3e-2, 1e-1))
 OPTS = dict(adam=adam(wd=.01, fused=True), muon=muon(wd=.01, adam_lr=.1, fused=True)) # what Muon leaves to Adam has a tenth of its rate
 SEEDS, TUNING_SEED = (1, 2, 3), 0
 
@@ -49,7 +55,7 @@ def digits():
     "Images and labels; every fifth is for validation"
     data = load_digits()
     items = list(zip(torch.tensor(data.images, dtype=torch.float32)[:, None]/8 - 1, torch.tensor(data.target)))
-    return [o for i,o in enumerate(items) if i % 5], items[::5], 20
+    return [o for i,o in enumerate(items) if i % 5], items[::5], 10
 
 def chars():
     "Pieces of the source of Python modules, and each shifted by a character"
@@ -57,7 +63,7 @@ def chars():
     codes = torch.tensor([min(max(ord(c) - 31, 0), 95) for c in text])
     pieces = codes[:len(codes)//65*65].view(-1, 65)
     items = [(p[:-1], p[1:]) for p in pieces]
-    return [o for i,o in enumerate(items) if i % 10], items[::10], 4
+    return [o for i,o in enumerate(items) if i % 10], items[::10], 2
 
 TASKS = dict(digits=(digits, ViT), characters=(chars, CharModel))
 
@@ -69,16 +75,15 @@ class Record(Callback):
         if self.training: self.rows.append((self.spent + perf_counter() - self.start, self.loss.item()))
     def after_train(self): self.spent += perf_counter() - self.start
 
-def train(task, name, lr, seed):
+def train(task, name, lr, seed, epochs=None):
     "Seconds and losses of steps, and the loss of validation at the end"
     (data, model), record = TASKS[task], Record()
-    (train_ds, valid_ds, epochs) = data()
+    train_ds, valid_ds, usual = data()
     set_seed(seed)
     dls = DataLoaders.from_dsets(train_ds, valid_ds, bs=64, num_workers=0, device='cpu')
     learn = Learner(dls, model(), loss_func=CrossEntropyLossFlat(), opt_func=OPTS[name], cbs=record)
     with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(1, 0.) # compile kernels
-        learn.fit_one_cycle(epochs, lr)
+        learn.fit_one_cycle(epochs or usual, lr)
         return record.rows, learn.validate()[0]
 
 def tune():
@@ -97,10 +102,38 @@ def smooth(xs, beta=.95):
     for i,x in enumerate(xs, 1): avg = beta*avg + (1 - beta)*x; res.append(avg/(1 - beta**i))
     return res
 
+def facts(command):
+    "Where and how it was measured"
+    packages = ', '.join(f'{n} {version(n)}' for n in ('fastxtend', 'fastai', 'torch', 'numba'))
+    return [f"- **CPU**: {cpu_name()}, {torch.get_num_threads()} threads used", f"- **System**: {platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            f"- **Versions**: {packages}", f"- **Date**: {date.today()}", f"- **Command**: {command}", ""]
+
+def rate(models=('ViT-S/16', 'XResNet50', '160x64x64'), rounds=7):
+    "Arithmetic of the products of a step in a second, beside that of one large product in the same dtype, in turns"
+    lines = []
+    for model in models:
+        matrices = [m for m in map(torch.randn, model_shapes(model)) if is_matrix(m)]
+        products = partial(orthogonalise, matrices, coefficients=coefficients_of('standard', 5))
+        a, = torch.randn(1, 2048, 2048).to(dtype_of_products(max(matrices, key=torch.numel).flatten(1)))
+        with FlopCounterMode(display=False) as counter: products()
+        contest, times = dict(products=(products, counter.get_total_flops()), large=(partial(torch.mm, a, a), 2*2048**3)), dict(products=[], large=[])
+        for _ in range(rounds):
+            for name,(f,_) in contest.items():
+                start = perf_counter()
+                f()
+                times[name].append(perf_counter() - start)
+        ms, (ours, large) = median(times['products'])*1e3, (contest[n][1]/median(ts)/1e9 for n,ts in times.items())
+        lines.append(f"| {model} | {str(a.dtype)[6:]} | {contest['products'][1]/1e9:.1f} | {ms:.0f} ms | {ours:.0f} | {large:.0f} | {ours/large:.0%} |")
+        print(lines[-1], flush=True)
+    (OUT/'muon_rate.md').write_text('\n'.join(["# How fast Muon's products are", "", *facts('`python examples/muon.py rate`'),
+        "All products of a step, with what is around them (norms, copies to batches and back), and one product of 2048 x 2048 matrices, in turns; medians.", "",
+        "| model | dtype | 10^9 operations | time | 10^9 a second | large product | share |", "| :-- | :-- | --: | --: | --: | --: | --: |", *lines, ""]))
+
 def main():
     "Train with the best rates, in turns, and write results"
     rates = {(r['task'], r['optimizer']): float(r['lr']) for r in csv.DictReader(open(OUT/'muon_rates.csv'))}
     rows, finals = [], {}
+    for name in OPTS: train('digits', name, 0., 0, epochs=1) # compiles kernels
     for seed in SEEDS:
         for (task, name),lr in rates.items():
             steps, valid = train(task, name, lr, seed)
@@ -110,11 +143,8 @@ def main():
             print(task, name, seed, round(valid, 4), round(steps[-1][0], 2), flush=True)
     with open(OUT/'muon_training.csv', 'w', newline='') as f: csv.writer(f).writerows([('task', 'optimizer', 'lr', 'seed', 'step', 'seconds', 'loss'), *rows])
     table = [f"| {task} | {name} | {rates[task, name]:g} | {' / '.join(f'{v:.4f}' for v,_ in o)} | {' / '.join(f'{s:.1f} s' for _,s in o)} |" for (task, name),o in finals.items()]
-    packages = ', '.join(f'{n} {version(n)}' for n in ('fastxtend', 'fastai', 'torch', 'numba'))
     (OUT/'muon_training.md').write_text('\n'.join([
-        "# Muon and Adam in training", "", f"- **CPU**: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads used",
-        f"- **System**: {platform.system()} {platform.machine()}, Python {platform.python_version()}", f"- **Versions**: {packages}", f"- **Date**: {date.today()}",
-        "- **Command**: `python examples/muon.py tune`, then `python examples/muon.py`", "",
+        "# Muon and Adam in training", "", *facts('`python examples/muon.py tune`, then `python examples/muon.py`'),
         "The best of four learning rates for each, by the loss of validation on another seed; then three seeds. Time is of training alone, with `fused=True`.", "",
         "| training | optimizer | lr | valid loss of three seeds | seconds |", "| :-- | :-- | --: | --: | --: |", *table, ""]))
     plot(rows)
@@ -136,5 +166,5 @@ def plot(rows):
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('what', nargs='?', choices=['tune'])
-    tune() if parser.parse_args().what else main()
+    parser.add_argument('what', nargs='?', choices=['tune', 'rate'])
+    {'tune': tune, 'rate': rate, None: main}[parser.parse_args().what]()

@@ -74,7 +74,7 @@ def test_gram_form_is_exact(shape, which, steps, monkeypatch):
     results = []
     for long in (0., math.inf):
         monkeypatch.setattr(muon, 'LONG', long)
-        results.append(newton_schulz(x, coefs))
+        results.append(newton_schulz(x.clone(), coefs))
     torch.testing.assert_close(*results, rtol=0., atol=1e-10)
 
 def test_a_batch_is_its_matrices(monkeypatch):
@@ -246,7 +246,7 @@ def test_kernels_of_a_step(way):
     assert len(opt.gather()) == 2 and [len(b) for b in opt.gather()] == [2, 3]
 
 def test_room():
-    "What a step needs for the time being: a float32 for each element of matrices, and five times a batch"
+    "What a step needs for the time being: a float32 for each element of matrices, and four times a batch"
     params, most = [torch.randn(64, 192) for _ in range(6)] + [torch.randn(48, 48)], 2*64*192
     opt = Muon(params, .1, fused=True)
     set_grads(params, params)
@@ -259,7 +259,7 @@ def test_room():
     muon.BATCH, before = most, muon.BATCH
     try: pieces = peak()
     finally: muon.BATCH = before
-    assert matrices < pieces < matrices + 5*4*most + 1000 < whole < matrices + 5*4*6*64*192 + 1000
+    assert matrices < pieces < matrices + 4*4*most + 1000 < whole < matrices + 4*4*6*64*192 + 1000
 
 # --- Together with others
 

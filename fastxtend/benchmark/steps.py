@@ -427,8 +427,13 @@ class Contest:
         racers[COPY]()
         self.times = {n: [] for n in racers}
         race(racers, seconds, self.watch, self.times, self.steps)
-        self.calls = {n: watch_calls(step, self.device) for n,step in steppers.items()}
+        self.calls = {n: found for n,step in steppers.items() if (found := self.watched(step))}
         return self.results()
+
+    def watched(self, step):
+        "Operations and extra memory of a step, or `None` if it is compiled in a way that cannot be watched"
+        try: return watch_calls(step, self.device)
+        except RuntimeError: return None
 
     def build(self) -> dict: # Name to a function that takes a step
         "Parameters, gradients and an optimizer for each contestant"

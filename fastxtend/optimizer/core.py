@@ -356,8 +356,8 @@ def gather(self:FastOptimizer,
     layout, grads = self.stepping()
     if self.attached: lent = {**lent, **self.lent_by_attached(layout.params)}
     self._parts = layout.parts(self.spec.flags)
-    def of(part, xs): return xs if part.idxs is None else [xs[i] for i in part.idxs]
-    return [self.batch(part, of(part, grads), {n: of(part, ts) for n,ts in lent.items()}) for part in self._parts]
+    if self._parts == [layout]: return [self.batch(layout, grads, lent)]
+    return [self.batch(part, [grads[i] for i in part.idxs], {n: [ts[i] for i in part.idxs] for n,ts in lent.items()}) for part in self._parts]
 
 @patch
 def batch(self:FastOptimizer,

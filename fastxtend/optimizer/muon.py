@@ -22,8 +22,8 @@ from .schedulefree import when_imported
 from .steppers import apply, average_grad, average_sqr_grad, decay, folded, slot, stepper, when
 
 # %% auto #0
-__all__ = ['SIDE', 'RATIO', 'COEFFICIENTS', 'LONG', 'GROWTH', 'NARROW', 'BATCH', 'SCALES', 'muon', 'is_matrix', 'coefficients_of',
-           'newton_schulz', 'dtype_of_products', 'orthogonalise', 'look_ahead', 'adams_rate', 'Muon']
+__all__ = ['SIDE', 'RATIO', 'COEFFICIENTS', 'LONG', 'GROWTH', 'NARROW', 'BATCH', 'PADDED', 'SCALES', 'muon', 'is_matrix',
+           'coefficients_of', 'newton_schulz', 'dtype_of_products', 'orthogonalise', 'look_ahead', 'adams_rate', 'Muon']
 
 # %% ../../nbs/optimizer.muon.ipynb #439fb774
 SIDE, RATIO = 4, 128 # Fewest rows or columns of a matrix, and most of one for each of the other
@@ -85,12 +85,12 @@ def _runs(coefficients, most):
     return runs
 
 def newton_schulz(
-    x:Tensor, # Matrices with no more rows than columns: (matrices, rows, columns)
+    x:Tensor, # Matrices with no more rows than columns: (matrices, rows, columns). They are overwritten
     coefficients:tuple, # Three numbers for each iteration
     eps:float=1e-7, # Least norm to divide by
 ) -> Tensor: # Of the same shape
     "Bring all singular values of each matrix near to 1"
-    x = x/torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).clamp(min=eps).to(x.dtype)
+    x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps))
     if x.shape[2] < LONG*x.shape[1]:
         for o in coefficients: x = _plain_step(x, *o)
         return x
@@ -114,22 +114,33 @@ def dtype_of_products(
     return torch.bfloat16 if min(t.shape) > NARROW and _has_bfloat16(t.device) else torch.float32
 
 BATCH = 2**24 # Most elements that are iterated at once, if they are of more than one matrix
+PADDED = 2**13 # Most elements of a matrix that is padded
 
 def _shape(t): return (t.shape[0] if t.dim() else 1), t.shape[1:].numel()
+
+def _batch_of(t):
+    "What matrices have in common that are one batch: their shape, or, if they are small, the shorter side"
+    return min(_shape(t)) if t.numel() <= PADDED else _shape(t), t.device, t.dtype
 
 @stepper('update', role='update', whole=True, update=slot(lent=True))
 def orthogonalise(direction, coefficients, eps=1e-7):
     "The nearest orthogonal matrix, roughly: all singular values are near to 1. Matrices of the same shape are one batch"
-    for ((rows, cols), *_), ts in groupby([t for t in direction if t.numel()], lambda t: (_shape(t), t.device, t.dtype)).items():
-        most = max(BATCH//(rows*cols), 1)
-        for i in range(0, len(ts), most): _orthogonalise(ts[i:i + most], rows, cols, coefficients, eps)
+    for ts in groupby([t for t in direction if t.numel()], _batch_of).values():
+        most = max(BATCH//max(t.numel() for t in ts), 1)
+        for i in range(0, len(ts), most): _orthogonalise(ts[i:i + most], coefficients, eps)
 
-def _orthogonalise(ts, rows, cols, coefficients, eps):
+def _orthogonalise(ts, coefficients, eps):
     full = [whole(t) for t in ts]
-    x = torch.empty(len(ts), rows, cols, dtype=dtype_of_products(full[0].reshape(rows, cols)), device=full[0].device)
-    torch._foreach_copy_(list(x), [t.reshape(rows, cols) for t in full])
+    matrices = [t.reshape(_shape(t)) for t in full]
+    padded = len({m.shape for m in matrices}) > 1
+    turned = [padded and m.shape[0] > m.shape[1] for m in matrices]
+    matrices = [m.mT if t else m for m,t in zip(matrices, turned)]
+    rows, cols = matrices[0].shape[0], max(m.shape[1] for m in matrices)
+    x = (torch.zeros if padded else torch.empty)(len(ts), rows, cols, dtype=dtype_of_products(matrices[0]), device=full[0].device)
+    def parts(x): return [o[:, :m.shape[1]] for o,m in zip(x, matrices)] if padded else list(x)
+    torch._foreach_copy_(parts(x), matrices)
     x = newton_schulz(x.mT, coefficients, eps).mT if rows > cols else newton_schulz(x, coefficients, eps)
-    new = [m.reshape(t.shape) for m,t in zip(x, full)]
+    new = [(m.mT if t else m).reshape(o.shape) for m,t,o in zip(parts(x), turned, full)]
     if not any(map(is_sharded, ts)): torch._foreach_copy_(ts, new)
     else:
         for t,m in zip(ts, new): t.copy_(sharded_like(t, m))

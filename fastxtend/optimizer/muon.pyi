@@ -9,7 +9,7 @@ from fastxtend.optimizer.kernels import FusedOptimizer
 from torch import Tensor
 from typing import Any, Literal, overload
 
-__all__ = ['SIDE', 'RATIO', 'COEFFICIENTS', 'LONG', 'GROWTH', 'NARROW', 'BATCH', 'SCALES', 'muon', 'is_matrix', 'coefficients_of', 'newton_schulz', 'dtype_of_products', 'orthogonalise', 'look_ahead', 'adams_rate', 'Muon']
+__all__ = ['SIDE', 'RATIO', 'COEFFICIENTS', 'LONG', 'GROWTH', 'NARROW', 'BATCH', 'PADDED', 'SCALES', 'muon', 'is_matrix', 'coefficients_of', 'newton_schulz', 'dtype_of_products', 'orthogonalise', 'look_ahead', 'adams_rate', 'Muon']
 
 SIDE: int
 RATIO: int
@@ -18,6 +18,7 @@ LONG: float
 GROWTH: Any
 NARROW: int
 BATCH: int
+PADDED: int
 SCALES: Any
 def is_matrix(p: Tensor) -> bool: ...
 def coefficients_of(which: str | tuple, steps: int) -> tuple: ...

@@ -290,15 +290,15 @@ def run(
     "One step"
     works = [(part.engine.begin(part, batch, seen), batch.composition) for plan,batch,seen in planned for part in plan.parts]
     sums, tangled = {}, any(plan.tangled for plan,*_ in planned)
-    def first(c): return c.together if tangled else max(c.together, len(c.stages) - 1) # stages that all run before anything is changed
-    for at in range(max(first(c) for _,c in works)):
-        running = [(work, c.stages[at]) for work,c in works if at < first(c)]
+    first = {c: c.together if tangled else max(c.together, len(c.stages) - 1) for _,c in works} # stages that all run before anything is changed
+    for at in range(max(first.values())):
+        running = [(work, c.stages[at]) for work,c in works if at < first[c]]
         for work,stage in running: _advance(work, stage)
         for name in dict.fromkeys(n for _,stage in running for n,o in stage.sums.items() if o.over == 'model'):
             sums[name] = share([work for work,stage in running if name in stage.sums], name)
     for work,c in works:
         if tangled or len(planned) > 1: work.renew()
-        for stage in c.stages[first(c):]: _advance(work, stage)
+        for stage in c.stages[first[c]:]: _advance(work, stage)
     for work,_ in works: work.keep()
     return sums
 
