@@ -11,6 +11,7 @@ from fastai.callback.training import GradientClip as NativeClip
 from torch import nn
 from torch.amp import GradScaler
 
+import fastxtend.callback.fp16 # unscales in the step
 from fastxtend.callback.attach import ClearGradients
 from fastxtend.callback.averaging import EMACallback
 from fastxtend.callback.clip import GradientClip
