@@ -88,8 +88,8 @@ def test_parity(c, launches):
     assert_same(run('native'), run('fused'), TOLERANCE['fused'])
     assert launches == launches_of(c.name, steps_of(c.name))
 
-def launches_of(name, steps):
-    kernels, sums = kernels_of(name, SIZES)
+def launches_of(name, steps, shapes=SIZES):
+    kernels, sums = kernels_of(name, shapes)
     return dict(step_kernel=kernels*steps, **(dict(sums_kernel=sums*steps) if sums else {}))
 
 @interpreted
@@ -137,7 +137,7 @@ def test_launches_for_any_number_of_groups(name, launches):
     for n_groups in (1, 3, 10):
         launches.clear()
         assert_same_after(name, lambda opt, params: train(opt, params, make_grads(tuple(shapes), steps=2)), shapes, n_groups)
-        assert launches == launches_of(name, 2)
+        assert launches == launches_of(name, 2, shapes)
 
 def view_of(p, offset, order=None):
     "`p` at a place `offset` elements into its memory, where `order` is the layout of its dimensions there"
