@@ -356,7 +356,7 @@ def gather(self:FastOptimizer,
     layout, grads = self.stepping()
     if self.attached: lent = {**lent, **self.lent_by_attached(layout.params)}
     self._parts = layout.parts(self.spec.flags)
-    if self._parts == [layout]: return [self.batch(layout, grads, lent)]
+    if not self.spec.flags: return [self.batch(layout, grads, lent)]
     return [self.batch(part, [grads[i] for i in part.idxs], {n: [ts[i] for i in part.idxs] for n,ts in lent.items()}) for part in self._parts]
 
 @patch
