@@ -13,7 +13,8 @@ from fastai.torch_basics import *
 from torch import Tensor
 
 from .core import FastOptimizer, LookaheadMixin
-from .lists import BLOCK, ListEngine, norms, on_cpu, one_by_one, operand, whole
+from .expressions import add_scaled_, multiply_, on_cpu, one_by_one, operand, whole
+from .lists import BLOCK, ListEngine, norms
 from .probe import is_sharded
 from .steppers import args_of, unwrapped
 from .table import OptimizerSpec, spec_of
@@ -46,17 +47,9 @@ def _only(idxs, *xs):
     return [[x[i] for i in idxs] if isinstance(x, list) else x for x in xs]
 
 # %% ../../nbs/optimizer.foreach.ipynb #b853e9be
-def _mul_(ts, x): torch._foreach_mul_(ts, operand(ts, x))
-
-def _add_scaled(p, x, scale):
-    "Add `scale*x` to `p`"
-    if not isinstance(scale, list): torch._foreach_add_(p, x, alpha=scale)
-    elif on_cpu(p): torch._foreach_addcmul_(p, x, operand(p, 1.), scale)
-    else: torch._foreach_add_(p, torch._foreach_mul(x, scale))
-
 def _decay(p, decay):
     "True weight decay in place"
-    if not _all(decay, 1.): _mul_(p, decay)
+    if not _all(decay, 1.): multiply_(p, decay)
 
 def _with_l2(p, g, l2, clip_scale=1.):
     "Gradients with L2 regularization added, in new tensors where there is any, and what all of them are still to be multiplied with"
@@ -64,7 +57,7 @@ def _with_l2(p, g, l2, clip_scale=1.):
     if not idxs: return g, clip_scale
     p_, l2_, g_, scale = _only(idxs, p, l2, g, clip_scale)
     decayed = list(torch._foreach_mul(p_, operand(p_, l2_)))
-    _add_scaled(decayed, g_, scale)
+    add_scaled_(decayed, g_, scale)
     if len(idxs) == len(p): return decayed, 1.
     g, is_decayed = list(g), set(idxs)
     for i,d in zip(idxs, decayed): g[i] = d
@@ -78,17 +71,17 @@ def _with_weight_decay(p, g, decay, l2, clip_scale=1.):
 def _add_momentum(grad_avg, g, mom, clip_scale=1.):
     "Undampened momentum; there is no ForEach function that does it in one pass"
     if not _all(clip_scale, 1.):
-        _mul_(grad_avg, mom)
-        _add_scaled(grad_avg, g, clip_scale)
+        multiply_(grad_avg, mom)
+        add_scaled_(grad_avg, g, clip_scale)
     elif one_by_one(grad_avg):
         for i,(avg,x) in enumerate(zip(grad_avg, g)): torch.add(x, avg, alpha=_nth(mom, i), out=avg)
     else:
-        _mul_(grad_avg, mom)
+        multiply_(grad_avg, mom)
         torch._foreach_add_(grad_avg, g)
 
 def _add_square(sqr_avg, g, sqr_mom, sqr_damp, clip_scale=1.):
     "Moving average of the squared gradient"
-    _mul_(sqr_avg, sqr_mom)
+    multiply_(sqr_avg, sqr_mom)
     torch._foreach_addcmul_(sqr_avg, g, g, _times(sqr_damp, _times(clip_scale, clip_scale)))
 
 def _root(sqr_avg, eps):
@@ -110,15 +103,15 @@ def _lerp(avg, g, mom, damp, clip_scale=1.):
     "Moving average of the gradient"
     if _all(clip_scale, 1.) and (_lerps_lists or not isinstance(damp, list)): torch._foreach_lerp_(avg, g, damp)
     else:
-        _mul_(avg, mom)
-        _add_scaled(avg, g, _times(damp, clip_scale))
+        multiply_(avg, mom)
+        add_scaled_(avg, g, _times(damp, clip_scale))
 
 # %% ../../nbs/optimizer.foreach.ipynb #0e0704f5
 def sgd_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, decay:Scalars, l2:Scalars, mom:Scalars, lr:Scalars, clip_scale:Scalars=1.):
     "SGD, with momentum if there is a `grad_avg`"
     g, clip_scale = _with_weight_decay(p, g, decay, l2, clip_scale)
     if grad_avg: _add_momentum(grad_avg, g, mom, clip_scale)
-    _add_scaled(p, grad_avg or g, _neg(lr if grad_avg else _times(lr, clip_scale)))
+    add_scaled_(p, grad_avg or g, _neg(lr if grad_avg else _times(lr, clip_scale)))
 
 def rmsprop_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, decay:Scalars, l2:Scalars,
                          mom:Scalars, sqr_mom:Scalars, sqr_damp:Scalars, lr:Scalars, eps:Scalars,
@@ -152,7 +145,7 @@ def radam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:
         if not idxs: continue
         p_, avg, sqr, size, eps_ = _only(idxs, p, grad_avg, sqr_avg, step_size, eps)
         if is_rectified: torch._foreach_addcdiv_(p_, avg, _root(sqr, eps_), size)
-        else: _add_scaled(p_, avg, size)
+        else: add_scaled_(p_, avg, size)
 
 def ranger_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:TensorList, slow_weights:TensorList,
                         decay:Scalars, l2:Scalars, mom:Scalars, damp:Scalars, sqr_mom:Scalars, sqr_damp:Scalars,
@@ -172,7 +165,7 @@ def qhadam_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg
     _lerp(grad_avg, g, mom, damp, clip_scale)
     _add_square(sqr_avg, g, sqr_mom, sqr_damp, clip_scale)
     num = torch._foreach_mul(grad_avg, operand(grad_avg, avg_coef))
-    _add_scaled(num, g, _times(g_coef, clip_scale))
+    add_scaled_(num, g, _times(g_coef, clip_scale))
     denom = torch._foreach_mul(sqr_avg, operand(sqr_avg, sqr_avg_coef))
     if not _all(sqr_g_coef, 0.): torch._foreach_addcmul_(denom, g, g, _times(sqr_g_coef, _times(clip_scale, clip_scale)))
     torch._foreach_sqrt_(denom)
@@ -201,7 +194,7 @@ def lamb_foreach_step(p:TensorList, g:TensorList, grad_avg:TensorList, sqr_avg:T
     _add_square(sqr_avg, g, sqr_mom, sqr_damp, clip_scale)
     update = _divide(grad_avg, _root(sqr_avg, eps))
     local_lr = trust(norms(p), _scaled(norms(update), scale))
-    _add_scaled(p, update, [-_nth(scale, i)*lr for i,lr in enumerate(local_lr)])
+    add_scaled_(p, update, [-_nth(scale, i)*lr for i,lr in enumerate(local_lr)])
 
 # %% ../../nbs/optimizer.foreach.ipynb #293ea026
 def with_names(

@@ -13,6 +13,7 @@ import numpy as np, torch
 from torch import Tensor
 
 from .batch import Batch, overwrite
+from .expressions import Program, expressions, in_order, whole
 from .formats import NOTHING
 from .plan import Engine, Work
 from .probe import OK, is_dense, is_sharded
@@ -20,96 +21,11 @@ from .steppers import MATH, Composition, Stage, compile_function, compile_stage,
 from .table import step_args
 
 # %% auto #0
-__all__ = ['LARGE', 'LIST_MATH', 'BLOCK', 'number_tensor', 'on_cpu', 'one_by_one', 'operand', 'Tensors', 'whole', 'blocks',
-           'fold_late', 'HostWork', 'needs_late', 'knows', 'norms', 'unnoticed', 'ListEngine', 'ListWork',
+__all__ = ['BLOCK', 'blocks', 'fold_late', 'HostWork', 'needs_late', 'knows', 'norms', 'unnoticed', 'ListEngine', 'ListWork',
            'WrittenWork', 'StepperEngine', 'StepperWork']
-
-# %% ../../nbs/optimizer.lists.ipynb #5b8b1c6b
-@lru_cache(4096)
-def number_tensor(x, dtype): return torch.tensor(x, dtype=dtype)
-
-def on_cpu(ts): return ts[0].device.type == 'cpu' and ts[0].dtype.itemsize >= 4
-
-LARGE = 2**14 # Elements from which on memory takes longer than a call
-
-def one_by_one(ts):
-    "Are these large and on a CPU, where a call for each costs less than a further pass over them?"
-    return on_cpu(ts) and not is_sharded(ts[0]) and sum(map(Tensor.numel, ts)) > len(ts)*LARGE
-
-def operand(ts, x):
-    "`x` in the form in which it is added to or multiplied with `ts` fastest"
-    if not on_cpu(ts): return x
-    dtype = ts[0].dtype
-    return [number_tensor(o, dtype) for o in x] if isinstance(x, list) else [number_tensor(x, dtype)]*len(ts)
-
-# %% ../../nbs/optimizer.lists.ipynb #593712e9
-class Tensors:
-    "Tensors that calculate like a number, with one call for all of them"
-    __array_ufunc__ = None # NumPy leaves operators to this class
-    def __init__(self, ts): self.ts = list(ts)
-
-    def _op(self, name, other):
-        if isinstance(other, Tensors): return Tensors(getattr(torch, f'_foreach_{name}')(self.ts, other.ts))
-        return Tensors(getattr(torch, f'_foreach_{name}')(self.ts, operand(self.ts, _numbers(other))))
-
-    def __add__(self, other): return self._op('add', other)
-    def __sub__(self, other): return self._op('sub', other)
-    def __mul__(self, other): return self._op('mul', other)
-    def __truediv__(self, other): return self._op('div', other)
-    __radd__, __rmul__ = __add__, __mul__
-    def __neg__(self): return Tensors(torch._foreach_neg(self.ts))
-    def __rsub__(self, other): return -self + other
-    def __rtruediv__(self, other): return Tensors(torch._foreach_reciprocal(self.ts))*other
-    def __pow__(self, n): return self*self if n == 2 else Tensors(torch._foreach_pow(self.ts, n))
-
-    def each(self, f, *others):
-        "`f` of each tensor and what belongs to it"
-        others = [o.ts if isinstance(o, Tensors) else o if isinstance(o, np.ndarray) else [o]*len(self.ts) for o in others]
-        return Tensors([f(*xs) for xs in zip(self.ts, *others)])
-
-    def __gt__(self, other): return self.each(torch.gt, other)
-    def __lt__(self, other): return self.each(torch.lt, other)
-    def __ge__(self, other): return self.each(torch.ge, other)
-    def __le__(self, other): return self.each(torch.le, other)
-
-    @staticmethod
-    def first(*xs): "The first of `xs` that is a list of tensors, if there is one"; return next((x for x in xs if isinstance(x, Tensors)), None)
-
-def _numbers(x): return x.tolist() if isinstance(x, np.ndarray) else x
-
-def _of_lists(name):
-    "The function `name` of numbers, arrays of numbers, and lists of tensors"
-    of_list, of_numbers = getattr(torch, f'_foreach_{name}', None), getattr(np, name)
-    def f(*xs):
-        ts = Tensors.first(*xs)
-        if ts is None: return of_numbers(*xs)
-        if len(xs) == 1: return Tensors(of_list(ts.ts))
-        other = xs[1] if ts is xs[0] else xs[0]
-        if isinstance(other, Tensors): return Tensors(of_list(ts.ts, other.ts))
-        return Tensors(of_list(ts.ts, _numbers(other)))
-    return f
-
-def _where(flag, a, b):
-    ts = Tensors.first(a, b, flag)
-    if ts is None: return np.where(flag != 0, a, b) if isinstance(flag, np.ndarray) else a if flag else b
-    if isinstance(flag, (bool, int, float)): return a if flag else b
-    if isinstance(flag, np.ndarray) and (flag != 0).all() and isinstance(a, Tensors): return a
-    def value(t, x): # filled on the device, and not uploaded
-        if not torch.is_tensor(x): return t.new_full(t.shape, x)
-        return x if x.dtype == t.dtype else x.to(t.dtype)
-    def choose(t, f, x, y): return torch.where(f != 0, value(t, x), value(t, y)) if torch.is_tensor(f) else value(t, x if f else y)
-    return ts.each(choose, flag, a, b)
-
-LIST_MATH = {**{n: _of_lists(n) for n in MATH if n != 'where'}, 'where': _where}
 
 # %% ../../nbs/optimizer.lists.ipynb #fc3fc37d
 BLOCK = 2**20
-
-def whole(
-    t:Tensor, # Any tensor
-) -> Tensor:
-    "`t`, reduced across all processes if it is a `DTensor`"
-    return t.full_tensor() if is_sharded(t) else t
 
 def _pieces(ts):
     "Flat pieces of at most `BLOCK` elements of tensors that have the same dense layout, or the tensors if they do not"
@@ -183,19 +99,6 @@ def knows(
     args = () if step is None else [n for _,n in step_args(step)]
     return step is not None and set(composition.on) <= set(args)
 
-@lru_cache(None)
-def _on_lists(stage): return compile_stage(stage, LIST_MATH)
-
-@lru_cache(None)
-def _squares(stage):
-    "Which sums of a stage are sums of squares, of what, and the stage that gives that instead of the squares"
-    lines = {l.gives[0]: l for l in stage.lines if l.f is None}
-    of = {n: l.takes[0] for n,l in lines.items() if l.source == f'{l.takes[0]} * {l.takes[0]}'}
-    gives = tuple(of.get(n, n) for n in stage.gives)
-    late = {x: max((k for k,l in enumerate(stage.lines) if x in l.gives), default=-1) for x in of.values()}
-    if any(stage.lines.index(lines[n]) < late[x] for n,x in of.items()): return {}, stage # it changes afterwards
-    return of, replace(stage, lines=tuple(l for l in stage.lines if l.gives[0] not in of), gives=gives)
-
 def norms(
     ts:list, # Tensors
 ) -> list[Tensor]:
@@ -224,12 +127,6 @@ def unnoticed(
         with torch._C._AutoDispatchBelowADInplaceOrView(): return run(self, stage)
     return quiet
 
-def _copy(ts, new):
-    "Overwrite tensors. (There is no ForEach function that copies `DTensor`s)"
-    if not is_sharded(ts[0]): torch._foreach_copy_(ts, new)
-    else:
-        for t,x in zip(ts, new): t.copy_(x)
-
 class ListEngine(Engine):
     "Runs steppers, or a written step in their place, on lists of tensors"
     def __init__(self,
@@ -255,41 +152,44 @@ class ListWork(HostWork):
     "Steppers on lists"
     def __init__(self, engine, batch, original):
         self.engine, self.batch, self.original = engine, batch, original
-        if batch.composition.sums: self.known = needs_late(batch, lambda n: np.array([row[n] for row in batch.rows])[batch.row_ids])
+        self.nodes, self.there = {}, {} # what is calculated in this step, and what of it slots hold already
+        self.known = needs_late(batch, lambda n: np.array([row[n] for row in batch.rows])[batch.row_ids]) if batch.composition.sums else {}
 
-    def scalars(self, stage, owners):
-        for n in stage.scalars:
-            x = self.known[n] if n in self.batch.composition.sums or n not in self.batch.rows[0] else self.batch.scalar(n)
-            yield np.asarray(x)[list(owners)] if np.ndim(x) else x
+    def expressions(self, stage):
+        "What `stage` gives, as far as is known"
+        row, late = self.batch.rows[0], self.batch.composition.sums
+        scalars = {n: self.batch.scalar(n) if n in row and n not in late else self.known[n] for n in stage.scalars if n in row and n not in late or n in self.known}
+        return expressions(stage, {n: np.asarray(x) if np.ndim(x) else x for n,x in scalars.items()}, self.nodes)
 
-    def blocks(self, stage):
-        names = list(self.batch.named())
-        for tensors,owners in blocks(self.batch, self.engine.block, not self.batch.composition.sums):
-            yield {n: Tensors(ts) for n,ts in zip(names, tensors)}, owners
+    def ahead(self, stage):
+        "New values of slots that do not depend on what `stage` adds up, if nothing needs the old ones any more"
+        stages = self.batch.composition.kernels
+        later = [self.expressions(s) for s in stages[stages.index(stage) + 1:]]
+        ready = {n: e for n,e in later[-1].items() if n != 'p' and e.plain not in self.there and not any(o.op == 'unknown' for o in in_order([e.plain], self.there))}
+        def needed():
+            held = {**self.there, **{e.plain: n for n,e in ready.items()}}
+            return {o.scalars[0] for o in in_order([e.plain for given in later for e in given.values()], held) if o.op == 'input'}
+        while not needed().isdisjoint(ready): ready = {n: e for n,e in ready.items() if n not in needed()}
+        return ready
 
     @unnoticed
     def run(self, stage):
         if self.batch.composition.sums: fold_late(stage, self.known)
-        if stage.sums: self.add_up(stage)
-        else:
-            for tensors,owners in self.blocks(stage):
-                new = _on_lists(stage)(*(tensors[n] for n in stage.tensors), *self.scalars(stage, owners))
-                for n,ts in zip(stage.gives, new): _copy(tensors[n].ts, ts.ts)
-            if stage is self.batch.composition.step: self.write_back()
-
-    def add_up(self, stage):
-        of, plain = _squares(stage)
-        sums = []
-        for tensors,owners in self.blocks(stage):
-            got = _on_lists(plain)(*(tensors[n] for n in stage.tensors), *self.scalars(stage, owners))
-            sums.append(torch.stack([torch.stack([whole(t) for t in (norms(ts.ts) if n in of else [t.sum() for t in ts.ts])]) for n,ts in zip(stage.gives, got)]))
-        for n,x in zip(stage.gives, torch.cat(sums, 1).tolist()): self.known[n] = np.square(x) if n in of else np.array(x)
+        given = self.expressions(stage)
+        written = given if not stage.sums else self.ahead(stage) if self.early else {}
+        program, totals = Program(written, given if stage.sums else {}, self.there), np.zeros((len(stage.gives), len(self.batch)))
+        for tensors,owners in blocks(self.batch, self.engine.block):
+            there = program.run(dict(zip(self.batch.named(), tensors)), owners)
+            if stage.sums: np.add.at(totals, (slice(None), list(owners)), program.sums(there))
+        self.there.update({e.plain: n for n,e in written.items()})
+        if stage.sums: self.known.update({n: scale*total for n,scale,total in zip(stage.gives, program.scales, totals)})
+        if stage is self.batch.composition.step: self.write_back()
 
     def renew(self):
         original = self.original.named()
         for n,copies in self.batch.named().items():
             for i,(copy,t) in enumerate(zip(copies, original[n])):
-                if copy is not t and n not in self.batch.composition.filled: overwrite(copy, self.original.read(n, i))
+                if copy is not t and n not in self.batch.composition.filled and n not in self.there.values(): overwrite(copy, self.original.read(n, i))
 
     def write_back(self):
         if self.batch is self.original: return

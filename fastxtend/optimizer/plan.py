@@ -52,6 +52,8 @@ class Engine:
 
 class Work:
     "One part of one step"
+    early = True # May it write what sums do not change before they are known? (Not where parameters share memory)
+
     def renew(self): "Another part has stepped, which shares memory with this one: copies made before are of no use"
 
     def run(self,
@@ -291,6 +293,7 @@ def run(
     works = [(part.engine.begin(part, batch, seen), batch.composition) for plan,batch,seen in planned for part in plan.parts]
     sums, tangled = {}, any(plan.tangled for plan,*_ in planned)
     first = {c: c.together if tangled else max(c.together, len(c.stages) - 1) for _,c in works} # stages that all run before anything is changed
+    for work,_ in works: work.early = not tangled
     for at in range(max(first.values())):
         running = [(work, c.stages[at]) for work,c in works if at < first[c]]
         for work,stage in running: _advance(work, stage)
