@@ -17,7 +17,7 @@ from .steppers import MATH, Stage, compile_stage
 
 # %% auto #0
 __all__ = ['LARGE', 'EXPRESSION_MATH', 'OPS', 'number_tensor', 'whole', 'on_cpu', 'operand', 'one_by_one', 'multiply_',
-           'add_scaled_', 'Node', 'is_average', 'Expression', 'expressions', 'Call', 'in_order', 'Program']
+           'add_scaled_', 'Node', 'Expression', 'expressions', 'Call', 'in_order', 'Program']
 
 # %% ../../nbs/optimizer.expressions.ipynb #e0000006
 @lru_cache(4096)
@@ -63,10 +63,6 @@ def _key(x): return x.tobytes() if isinstance(x, np.ndarray) else x
 
 def _is(x, value): return not isinstance(x, np.ndarray) and x == value
 
-def is_average(s, t):
-    "Is `s*x + t*y` a point between `x` and `y`?"
-    return bool(np.all((np.abs(s + t - 1) < 1e-15) & (0 <= t) & (t <= 1)))
-
 class Expression:
     "A number times a list of tensors, that calculates like a number and notes what is to be done"
     __array_ufunc__ = None # NumPy leaves operators to this class
@@ -93,11 +89,10 @@ class Expression:
         return self.towards(other) or other.towards(self) or self.note('linear', self.node, other.node, scalars=(self.scale, other.scale))
 
     def towards(self, other):
-        "The average that `s*x + t*(y - x)` is, if `other` is of this form"
+        "`x + t*(y - x)`, if `other` is the second of the two"
         n = other.node
-        if n.op != 'linear' or n.args[1] is not self.node: return None
-        scalars = self.scale + other.scale*n.scalars[1], other.scale*n.scalars[0]
-        return self.note('linear', self.node, n.args[0], scalars=scalars) if is_average(*scalars) else None
+        is_way = n.op == 'linear' and n.args[1] is self.node and _is(self.scale, 1.) and _is(n.scalars[0], 1.) and _is(n.scalars[1], -1.) and not isinstance(other.scale, np.ndarray)
+        return self.note('lerp', self.node, n.args[0], scalars=(other.scale,)) if is_way else None
 
     def __mul__(self, other):
         if isinstance(other, Expression): return self.note('mul', self.node, other.node, scale=self.scale*other.scale)
@@ -177,11 +172,9 @@ def _add(free, ts, xs, scale):
     if on_cpu(ts): return _call('addcmul')(free, ts, xs, operand(ts, 1.), scale)
     return _call('add')(free, ts, torch._foreach_mul(xs, scale))
 
-def _lerps(t): return not isinstance(t, np.ndarray) or 'ScalarList' in torch.ops.aten._foreach_lerp_.overloads()
-
 def _each(f):
     "A function of single tensors"
-    return lambda free, *args: [f(*xs) for xs in zip(*(a if isinstance(a, list) else [a]*len(args[0]) for a in args))]
+    return lambda free, *args: [f(*xs) for xs in zip(*(a if isinstance(a, (list, tuple)) else [a]*len(args[0]) for a in args))]
 
 def _pick(free, a, b, flags): return [x if f else y for x,y,f in zip(a, b, flags)]
 
@@ -287,7 +280,6 @@ class Program:
     def _sum(self, n, a, b, s, t):
         "Calls for `s*a + t*b`"
         if b not in self.fused and (a in self.fused or self._worth(b, t, n) > self._worth(a, s, n)): a, b, s, t = b, a, t, s
-        if a not in self.fused and b not in self.fused and _lerps(t) and is_average(s, t): return [Call(n, 'lerp', (a, b), (t,))]
         calls, others = [], b.args if b in self.fused else (b,)
         if a in self.fused: # only one of two products can be part of the call
             calls.append(Call(a, a.op, a.args, ()))
@@ -301,14 +293,14 @@ class Program:
 
     def _place(self):
         "Decide which calls work in place, and when lists are not needed any more"
-        made, own = {c.node: c for c in self.calls}, set()
+        made, own = {c.node: c for c in self.calls}, {} # the slot in whose memory a node is calculated
         for name,node in self.written.items():
             chain = []
-            while node in made and made[node].op not in _RELATED and self.last[made[node].args[0]] is node:
+            while node in made and node not in own and made[node].op not in _RELATED and self.last[made[node].args[0]] is node:
                 chain.append(node)
                 node = made[node].args[0]
-            if self.inputs.get(node) == name: own.update(chain)
-        self.copies = [(n, o) for n,o in self.written.items() if o not in own and self.inputs.get(o) != n]
+            if self.inputs.get(node) == name: own.update(dict.fromkeys(chain, name))
+        self.copies = [(n, o) for n,o in self.written.items() if own.get(o) != n and self.inputs.get(o) != n]
         for c in self.calls:
             first = c.args[0]
             mine = first in made and first not in own and made[first].op not in ('pick', 'gt', 'lt', 'ge', 'le')

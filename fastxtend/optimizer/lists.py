@@ -148,6 +148,12 @@ class ListEngine(Engine):
         stepped = _plainly(batch) if odd or narrow else batch
         return (WrittenWork if written else ListWork)(self, stepped, batch)
 
+def _alike(x):
+    "`x` as one number if it is the same for all parameters, else as an array"
+    if isinstance(x, np.ndarray): x = x.tolist()
+    if not isinstance(x, list): return x
+    return x[0] if x.count(x[0]) == len(x) else np.array(x)
+
 class ListWork(HostWork):
     "Steppers on lists"
     def __init__(self, engine, batch, original):
@@ -159,7 +165,7 @@ class ListWork(HostWork):
         "What `stage` gives, as far as is known"
         row, late = self.batch.rows[0], self.batch.composition.sums
         scalars = {n: self.batch.scalar(n) if n in row and n not in late else self.known[n] for n in stage.scalars if n in row and n not in late or n in self.known}
-        return expressions(stage, {n: np.asarray(x) if np.ndim(x) else x for n,x in scalars.items()}, self.nodes)
+        return expressions(stage, {n: _alike(x) for n,x in scalars.items()}, self.nodes)
 
     def ahead(self, stage):
         "New values of slots that do not depend on what `stage` adds up, if nothing needs the old ones any more"
@@ -181,8 +187,9 @@ class ListWork(HostWork):
         for tensors,owners in blocks(self.batch, self.engine.block):
             there = program.run(dict(zip(self.batch.named(), tensors)), owners)
             if stage.sums: np.add.at(totals, (slice(None), list(owners)), program.sums(there))
-        self.there.update({e.plain: n for n,e in written.items()})
-        if stage.sums: self.known.update({n: scale*total for n,scale,total in zip(stage.gives, program.scales, totals)})
+        if stage.sums:
+            self.there.update({e.plain: n for n,e in written.items()})
+            self.known.update({n: scale*total for n,scale,total in zip(stage.gives, program.scales, totals)})
         if stage is self.batch.composition.step: self.write_back()
 
     def renew(self):
