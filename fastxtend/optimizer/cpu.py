@@ -19,7 +19,7 @@ from . import formats
 from .formats import BLOCK, LOST, MIX_1, MIX_2, SMALLEST, format_of, least_of, most_of, top_of
 from .lists import HostWork, fold_late, needs_late
 from .plan import Engine
-from .pointers import c_function, f64_ptr, i64, i64_ptr, pointer_to, with_cache
+from .pointers import address_of, c_function, f64_ptr, i64, i64_ptr, pointer_to, with_cache
 from .probe import DTYPES, Probe
 from .steppers import Stage, called_by, compile_function, with_numbers_in
 
@@ -416,7 +416,7 @@ def drive(
     out:np.ndarray=_nothing, # Where a stage leaves its sums: (chunks, sums) of float64
 ):
     "Call `fn` for all chunks, on as many threads as PyTorch uses"
-    args = fn, seen.addresses.ctypes.data, seen.table.strides[0], tables.chunks.ctypes.data, len(tables.chunks), rows.ctypes.data, rows.strides[0], row_ids.ctypes.data, out.ctypes.data, out.strides[0]
+    args = fn, address_of(seen.table) + 8*(3 + seen.n_tensors), seen.table.strides[0], address_of(tables.chunks), len(tables.chunks), address_of(rows), rows.strides[0], address_of(row_ids), address_of(out), out.strides[0]
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     if tables.total < SERIAL or threads == 1 or _forked: return driver(False)(*args)
     with _lock:

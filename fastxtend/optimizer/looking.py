@@ -11,19 +11,17 @@ import numpy as np, torch
 from numba import njit, types
 from torch import Tensor, nn
 
-from .pointers import c_function, i64, i64_ptr, with_cache
+from .pointers import address_of, c_function, i64, i64_ptr, with_cache
 from .formats import BLOCK, NOTHING
 from .probe import BESIDE, CODES, DEVICE, DTYPE, DTYPES, NONE, OK, SHAPE, STRIDES, UNREADABLE, WORDS, Probe
 
 # %% auto #0
-__all__ = ['where_keys_are', 'compiled_probe']
+__all__ = ['where_keys_are', 'objects_are_known', 'compiled_probe']
 
 # %% ../../nbs/optimizer.looking.ipynb #47be5339
 _call_describe = c_function(types.int32, 2) # PyTorch's: a tensor, and where to write the description
-_call_item = c_function(i64, 2)             # PyList_GetItem
-_call_type = c_function(i64, 1)             # PyObject_Type
-_call_forget = c_function(types.void, 1)    # Py_DecRef
 _call_clear = c_function(types.void, 0)     # PyErr_Clear
+_TYPE, _ITEMS = 8, 24                       # where an object of CPython keeps its type, and a list where its items are
 _INFO = 6                                   # words of a description
 
 _inner = njit(error_model='numpy', no_cpython_wrapper=True, no_cfunc_wrapper=True) # is called from compiled code only
@@ -64,15 +62,14 @@ def _fill(functions, plain, impl, kinds, infos, lists, n, beside, table, n_param
 @_inner
 def _look_at(functions, plain, impl, kinds, lists, n, beside, t, dtypes, addresses, infos):
     "Describe the tensors at position `t` of all `lists`; the reason why a kernel cannot take them, if there is one"
-    describe, item, type_of, forget, clear = functions
+    describe, clear = functions
     for k in range(n):
-        at, obj = infos + 8*_INFO*(k > 0), _call_item(item, lists[k], t)
+        at, obj = infos + 8*_INFO*(k > 0), i64_ptr(i64_ptr(lists[k] + _ITEMS)[0])[t]
         is_beside = k >= n - beside
         if is_beside and obj == plain[2]:
             dtypes[k], addresses[k] = NONE, 0
             continue
-        typ = _call_type(type_of, obj) if obj else 0
-        if obj: _call_forget(forget, typ)
+        typ = i64_ptr(obj + _TYPE)[0]
         if not ((typ == plain[0] or typ == plain[1]) and _keys(obj, impl) & impl[2] == 0 and _call_describe(describe, obj, at) == 0):
             _call_clear(clear)
             return UNREADABLE
@@ -139,18 +136,27 @@ def _kind(dtype):
     code = 4 if dtype == torch.bfloat16 else 2 if dtype.is_floating_point else int(not dtype.is_signed)
     return code + (8*dtype.itemsize << 8) + (1 << 16)
 
+def objects_are_known() -> bool:
+    "Does Python keep types and items where it did when this was written?"
+    if (object.__basicsize__, list.__basicsize__) != (16, 40): return False
+    items = [torch.ones(1), 'a', 3]
+    return all(_word(id(o) + _TYPE) == id(type(o)) for o in items) and all(_word(_word(id(items) + _ITEMS) + 8*i) == id(o) for i,o in enumerate(items))
+
 def compiled_probe():
     "`probe` in compiled code, or `None` if PyTorch does not tell what is needed for it"
     describe, py = _describer(), ctypes.pythonapi
-    impl = where_keys_are() if describe else None
+    impl = where_keys_are() if describe and objects_are_known() else None
     if not impl: return None
-    functions = (describe, *map(_address, (py.PyList_GetItem, py.PyObject_Type, py.Py_DecRef, py.PyErr_Clear)))
+    functions = describe, _address(py.PyErr_Clear)
     plain, kinds = (id(Tensor), id(nn.Parameter), id(NOTHING)), np.array(list(map(_kind, DTYPES[:NONE])))
-    sig = types.void(types.UniTuple(i64, 5), types.UniTuple(i64, 3), types.UniTuple(i64, 3), *[i64]*7)
+    sig = types.void(types.UniTuple(i64, 2), types.UniTuple(i64, 3), types.UniTuple(i64, 3), *[i64]*7)
     fill = with_cache(lambda cache: njit(sig, cache=cache, error_model='numpy')(_fill))
+    kinds_at = address_of(kinds)
     def compiled(*tensors, beside=0):
         lists, infos, res = list(map(list, tensors)), np.empty(2*_INFO, np.int64), Probe.empty(len(tensors[0]), len(tensors))
+        if any([len(l) != len(res.table) for l in lists]): raise ValueError("There have to be as many tensors in each list")
         ids = np.array(list(map(id, lists)))
-        fill(functions, plain, impl, kinds.ctypes.data, infos.ctypes.data, ids.ctypes.data, len(lists), beside, res.table.ctypes.data, len(res.table))
+        fill(functions, plain, impl, kinds_at, address_of(infos), address_of(ids), len(lists), beside, address_of(res.table), len(res.table))
         return res
+    compiled.kinds = kinds # stays where it is
     return compiled
