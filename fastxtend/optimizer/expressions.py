@@ -63,6 +63,8 @@ def _key(x): return x.tobytes() if isinstance(x, np.ndarray) else x
 
 def _is(x, value): return not isinstance(x, np.ndarray) and x == value
 
+_lerps_lists = 'ScalarList' in torch.ops.aten._foreach_lerp_.overloads() # one weight for each tensor?
+
 class Expression:
     "A number times a list of tensors, that calculates like a number and notes what is to be done"
     __array_ufunc__ = None # NumPy leaves operators to this class
@@ -91,7 +93,7 @@ class Expression:
     def towards(self, other):
         "`x + t*(y - x)`, if `other` is the second of the two"
         n = other.node
-        is_way = n.op == 'linear' and n.args[1] is self.node and _is(self.scale, 1.) and _is(n.scalars[0], 1.) and _is(n.scalars[1], -1.) and not isinstance(other.scale, np.ndarray)
+        is_way = n.op == 'linear' and n.args[1] is self.node and _is(self.scale, 1.) and _is(n.scalars[0], 1.) and _is(n.scalars[1], -1.) and (_lerps_lists or not isinstance(other.scale, np.ndarray))
         return self.note('lerp', self.node, n.args[0], scalars=(other.scale,)) if is_way else None
 
     def __mul__(self, other):
