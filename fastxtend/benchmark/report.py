@@ -42,7 +42,8 @@ def machine(
     device:str='cpu', # Where the benchmark ran
 ) -> dict: # Name to text
     "Hardware, versions and date"
-    facts = dict(CPU=f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used")
+    waiting = f", OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}" if 'OMP_WAIT_POLICY' in os.environ else '' # makes PyTorch's threads slower to start
+    facts = dict(CPU=f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used{waiting}")
     if device.startswith('cuda'): facts['GPU'] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     facts['System'] = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     return {**facts, 'Versions': ', '.join(f'{k} {v}' for k,v in versions().items()), 'Date': str(date.today())}
