@@ -208,7 +208,7 @@ class ListWork(HostWork):
 class WrittenWork(ListWork):
     "A step function that does all stages at once"
     def __init__(self, engine, batch, original):
-        self.engine, self.batch, self.original, self.kept = engine, batch, original, []
+        self.engine, self.batch, self.original, self.there, self.kept = engine, batch, original, {}, []
 
     @unnoticed
     def run(self, stage):
