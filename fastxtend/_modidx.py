@@ -1546,6 +1546,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastxtend/optimizer/muon.py'),
                                           'fastxtend.optimizer.muon._company': ( 'optimizer.muon.html#_company',
                                                                                  'fastxtend/optimizer/muon.py'),
+                                          'fastxtend.optimizer.muon._fits': ('optimizer.muon.html#_fits', 'fastxtend/optimizer/muon.py'),
                                           'fastxtend.optimizer.muon._gram_steps': ( 'optimizer.muon.html#_gram_steps',
                                                                                     'fastxtend/optimizer/muon.py'),
                                           'fastxtend.optimizer.muon._grams': ('optimizer.muon.html#_grams', 'fastxtend/optimizer/muon.py'),

@@ -38,12 +38,16 @@ def matrix_shape(
     "Rows and columns. Convolutions are matrices with a row for each channel that they give"
     return _matrix(p.shape)
 
+@lru_cache(4096)
+def _fits(shape):
+    few, many = sorted(_matrix(shape))
+    return len(shape) > 1 and few >= SIDE and many <= RATIO*few
+
 def is_matrix(
     p:Tensor, # A parameter
 ) -> bool:
     "Does Muon step it, unless the state of the parameter says otherwise?"
-    small, large = sorted(matrix_shape(p))
-    return p.dim() > 1 and small >= SIDE and large <= RATIO*small
+    return _fits(p.shape)
 
 # %% ../../nbs/optimizer.muon.ipynb #75b33e35
 COEFFICIENTS = dict(
