@@ -198,8 +198,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastxtend/benchmark/steps.py'),
                                            'fastxtend.benchmark.steps._compositions': ( 'benchmark.steps.html#_compositions',
                                                                                         'fastxtend/benchmark/steps.py'),
-                                           'fastxtend.benchmark.steps._flat': ( 'benchmark.steps.html#_flat',
-                                                                                'fastxtend/benchmark/steps.py'),
                                            'fastxtend.benchmark.steps._lion': ( 'benchmark.steps.html#_lion',
                                                                                 'fastxtend/benchmark/steps.py'),
                                            'fastxtend.benchmark.steps._momentum': ( 'benchmark.steps.html#_momentum',

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastxtend import optim as ours
 from fastxtend.benchmark.models import model_shapes
-from fastxtend.benchmark.steps import Watcher
+from fastxtend.benchmark.steps import CONTESTANTS, LR, Watcher, hypers_of
 from fastxtend.callback.muon import outer_params
 from fastxtend.optimizer import muon
 from fastxtend.optimizer.attach import Attachment, average_weights
@@ -139,6 +139,18 @@ def test_torchs_arguments():
     mine = ours.Muon([x.clone()], lr=.5)
     mine.load_state_dict(theirs.state_dict())
     assert mine.param_groups[0]['lr'] == .1 and torch.equal(next(iter(mine.state.values()))['momentum_buffer'], next(iter(theirs.state.values()))['momentum_buffer'])
+
+@torchs_muon
+def test_contestant_steps_new_gradients():
+    "PyTorch's Muon takes matrices only: in the benchmark convolutions are flattened, with the gradient of each step"
+    (p, g), (q, h) = ((randn(8, 3, 2, 2), randn(8, 3, 2, 2, seed=i)) for i in (1, 2))
+    p.grad = g
+    opt = CONTESTANTS['torch_fused'].build('Muon', [[p]], hypers_of('Muon'))
+    p.grad, q = h, q.flatten(1)
+    q.grad = h.flatten(1)
+    opt.step()
+    torch.optim.Muon([q], lr=LR, weight_decay=hypers_of('Muon')['wd']).step()
+    assert torch.equal(p.flatten(1), q)
 
 def test_a_group_may_say_which_way():
     a, b, c = (randn(8, 8, seed=i) for i in range(3))

@@ -140,7 +140,7 @@ def dtype_of_products(
     if t.dtype == torch.float64: return t.dtype
     return torch.bfloat16 if min(matrix_shape(t)) > NARROW and _has_bfloat16(t.device) else torch.float32
 
-BATCH = 2**24 # Most elements that are iterated at once, if they are of more than one matrix
+BATCH = 2**24 # Most elements that are iterated together, if they are of more than one matrix
 PADDED = 2**13 # Most elements of a matrix that is padded
 
 def _batch_of(t):
@@ -178,7 +178,7 @@ def _places(x, ts):
 
 @stepper('update', role='update', whole=True, update=slot(lent=True))
 def orthogonalise(direction, coefficients, eps=1e-7):
-    "The nearest orthogonal matrix, roughly: all singular values are near to 1. Matrices of the same shape are one batch"
+    "The nearest orthogonal matrix, roughly: all singular values are near to 1. Matrices of the same shape are one batch, and long ones of equal rows are iterated together"
     for ts in groupby([t for t in direction if t.numel()], _company).values():
         for piece in _pieces(sorted(ts, key=matrix_shape)): _orthogonalise(piece, coefficients, eps)
 
