@@ -137,7 +137,7 @@ def main():
     table = [f"| {task} | {name} | {rates[task, name]:g} | {' / '.join(f'{v:.4f}' for v,_ in o)} | {' / '.join(f'{s:.1f} s' for _,s in o)} |" for (task, name),o in finals.items()]
     (OUT/'muon_training.md').write_text('\n'.join([
         *preface("Muon and Adam in training", {**machine(), 'Command': '`python examples/muon.py tune`, then `python examples/muon.py`'},
-        "The best of five learning rates for each, by the loss of validation on another seed; then three seeds. Time is of training alone, with `fused=True`."),
+        "Of learning rates a factor of three apart each has the best, by the loss of validation on another seed; then three seeds. Time is of training alone, with `fused=True`."),
         "| training | optimizer | lr | valid loss of three seeds | seconds |", "| :-- | :-- | --: | --: | --: |", *table, ""]))
     plot(rows)
 

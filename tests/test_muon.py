@@ -249,21 +249,22 @@ def test_kernels_of_a_step(way):
     assert kernels_of('Muon', SMALL) == (3, 0)
     assert len(opt.gather()) == 2 and [len(b) for b in opt.gather()] == [2, 3]
 
-def test_room():
-    "What a step needs for the time being: a float32 for each element of matrices, and four times a batch"
-    params, most = [torch.randn(64, 192) for _ in range(6)] + [torch.randn(48, 48)], 2*64*192
+@pytest.mark.parametrize('shape,dtype', [((64, 192), torch.float32), ((96, 96), torch.float64)], ids=str)
+def test_room(shape, dtype):
+    "What a step needs for the time being: a float32 for each element of matrices (float64 if they are), and four times what is iterated together"
+    params, one, size = [randn(*shape, dtype=dtype) for _ in range(6)] + [randn(48, 48, dtype=dtype)], math.prod(shape), dtype.itemsize
     opt = Muon(params, .1, fused=True)
     set_grads(params, params)
     opt.step()
     def peak():
         with Watcher() as w: opt.step()
         return w.peak
-    matrices = 4*sum(map(Tensor.numel, params))
+    matrices = size*sum(map(Tensor.numel, params))
     whole = peak()
-    muon.BATCH, before = most, muon.BATCH
+    muon.BATCH, before = 2*one, muon.BATCH
     try: pieces = peak()
     finally: muon.BATCH = before
-    assert matrices < pieces < matrices + 4*4*most + 1000 < whole < matrices + 4*4*6*64*192 + 1000
+    assert matrices < pieces < matrices + 4*size*2*one + 1000 < whole < matrices + 4*size*6*one + 1000
 
 # --- Together with others
 

@@ -112,16 +112,15 @@ def _runs(coefficients, most):
 def _wide(xs, tall): return [x.mT if t else x for x,t in zip(xs, tall)]
 
 def newton_schulz(
-    xs:list, # Batches of matrices whose shorter sides agree: (matrices, rows, columns). They are overwritten
+    xs:list, # Batches of matrices whose shorter sides agree: (matrices, rows, columns). They and the list are overwritten
     coefficients:tuple, # Three numbers for each iteration
     eps:float=1e-7, # Least norm to divide by
 ) -> list: # Of the same shapes
     "Bring all singular values of each matrix near to 1"
-    for x in xs: x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps))
     tall = [x.shape[1] > x.shape[2] for x in xs]
-    xs = _wide(xs, tall)
+    xs[:] = [x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)) for x in _wide(xs, tall)] # in place, so that nobody holds what is done with
     long = sum(map(Tensor.numel, xs)) >= LONG*sum(map(len, xs))*xs[0].shape[1]**2
-    for run in _runs(coefficients, GROWTH[xs[0].dtype] if long else 0.): xs = _gram_steps(xs, run) if len(run) > 1 else _plain_step(xs, *run[0])
+    for run in _runs(coefficients, GROWTH[xs[0].dtype] if long else 0.): xs[:] = _gram_steps(xs, run) if len(run) > 1 else _plain_step(xs, *run[0])
     return _wide(xs, tall)
 
 # %% ../../nbs/optimizer.muon.ipynb #52975722
