@@ -1,9 +1,7 @@
 """Muon against Adam, each with the best of some learning rates, on two small trainings: handwritten digits with a ViT, and the text of Python modules
 with a character model. `python examples/muon.py tune` tries rates on one seed, `python examples/muon.py` trains on three others with the best of each
 and writes benchmarks/muon_training.csv, .md and .png. `python examples/muon.py rate` measures how fast Muon's products are, for benchmarks/muon_rate.md."""
-import argparse, csv, importlib.util, platform, warnings
-from datetime import date
-from importlib.metadata import version
+import argparse, csv, importlib.util, warnings
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -16,12 +14,12 @@ with warnings.catch_warnings():
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastxtend.benchmark.models import model_shapes
-from fastxtend.benchmark.report import cpu_name
+from fastxtend.benchmark.report import machine, preface
 from fastxtend.optimizer.all import adam, muon
 from fastxtend.optimizer.muon import coefficients_of, dtype_of_products, is_matrix, orthogonalise
 
 OUT = Path(__file__).parent.parent/'benchmarks'
-RATES = dict(adam=(1e-3, 3e-3, 1e-2, 3e-2), muon=(3e-3, 1e-2, 3e-2, 1e-1))
+RATES = dict(adam=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1), muon=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1))
 OPTS = dict(adam=adam(wd=.01, fused=True), muon=muon(wd=.01, adam_lr=.1, fused=True)) # what Muon leaves to Adam has a tenth of its rate
 SEEDS, TUNING_SEED = (1, 2, 3), 0
 
@@ -102,19 +100,13 @@ def smooth(xs, beta=.95):
     for i,x in enumerate(xs, 1): avg = beta*avg + (1 - beta)*x; res.append(avg/(1 - beta**i))
     return res
 
-def facts(command):
-    "Where and how it was measured"
-    packages = ', '.join(f'{n} {version(n)}' for n in ('fastxtend', 'fastai', 'torch', 'numba'))
-    return [f"- **CPU**: {cpu_name()}, {torch.get_num_threads()} threads used", f"- **System**: {platform.system()} {platform.machine()}, Python {platform.python_version()}",
-            f"- **Versions**: {packages}", f"- **Date**: {date.today()}", f"- **Command**: {command}", ""]
-
 def rate(models=('ViT-S/16', 'XResNet50', '160x64x64'), rounds=7):
     "Arithmetic of the products of a step in a second, beside that of one large product in the same dtype, in turns"
     lines = []
     for model in models:
         matrices = [m for m in map(torch.randn, model_shapes(model)) if is_matrix(m)]
         products = partial(orthogonalise, matrices, coefficients=coefficients_of('standard', 5))
-        a, = torch.randn(1, 2048, 2048).to(dtype_of_products(max(matrices, key=torch.numel).flatten(1)))
+        a, = torch.randn(1, 2048, 2048).to(dtype_of_products(max(matrices, key=torch.numel)))
         with FlopCounterMode(display=False) as counter: products()
         contest, times = dict(products=(products, counter.get_total_flops()), large=(partial(torch.mm, a, a), 2*2048**3)), dict(products=[], large=[])
         for _ in range(rounds):
@@ -125,8 +117,8 @@ def rate(models=('ViT-S/16', 'XResNet50', '160x64x64'), rounds=7):
         ms, (ours, large) = median(times['products'])*1e3, (contest[n][1]/median(ts)/1e9 for n,ts in times.items())
         lines.append(f"| {model} | {str(a.dtype)[6:]} | {contest['products'][1]/1e9:.1f} | {ms:.0f} ms | {ours:.0f} | {large:.0f} | {ours/large:.0%} |")
         print(lines[-1], flush=True)
-    (OUT/'muon_rate.md').write_text('\n'.join(["# How fast Muon's products are", "", *facts('`python examples/muon.py rate`'),
-        "All products of a step, with what is around them (norms, copies to batches and back), and one product of 2048 x 2048 matrices, in turns; medians.", "",
+    (OUT/'muon_rate.md').write_text('\n'.join([*preface("How fast Muon's products are", {**machine(), 'Command': '`python examples/muon.py rate`'},
+        "All products of a step, with what is around them (norms, copies to batches and back), and one product of 2048 x 2048 matrices, in turns; medians."),
         "| model | dtype | 10^9 operations | time | 10^9 a second | large product | share |", "| :-- | :-- | --: | --: | --: | --: | --: |", *lines, ""]))
 
 def main():
@@ -144,8 +136,8 @@ def main():
     with open(OUT/'muon_training.csv', 'w', newline='') as f: csv.writer(f).writerows([('task', 'optimizer', 'lr', 'seed', 'step', 'seconds', 'loss'), *rows])
     table = [f"| {task} | {name} | {rates[task, name]:g} | {' / '.join(f'{v:.4f}' for v,_ in o)} | {' / '.join(f'{s:.1f} s' for _,s in o)} |" for (task, name),o in finals.items()]
     (OUT/'muon_training.md').write_text('\n'.join([
-        "# Muon and Adam in training", "", *facts('`python examples/muon.py tune`, then `python examples/muon.py`'),
-        "The best of four learning rates for each, by the loss of validation on another seed; then three seeds. Time is of training alone, with `fused=True`.", "",
+        *preface("Muon and Adam in training", {**machine(), 'Command': '`python examples/muon.py tune`, then `python examples/muon.py`'},
+        "Of learning rates a factor of three apart each has the best, by the loss of validation on another seed; then three seeds. Time is of training alone, with `fused=True`."),
         "| training | optimizer | lr | valid loss of three seeds | seconds |", "| :-- | :-- | --: | --: | --: |", *table, ""]))
     plot(rows)
 

@@ -451,15 +451,20 @@ class Adversary(RuleBasedStateMachine):
     @precondition(lambda self: not known('bad hypers'))
     def bad_hyper(self, hyper, kind, g, seed):
         "A step with a hyper that is none: refused, and nothing changes"
-        groups = [g for g,ids in enumerate(self.group_ids) if set(ids) & set(self.stepping())]
-        if not groups or hyper not in self.native.inner.hypers[0]: return
         if hyper == 'mom' and self.hypers['mom'] == 0.: return
-        if hyper != 'lr' and self.spec.flags: return # parameters may be stepped without it
+        hyper = next((n for n in (hyper, f'adam_{hyper}') if n in self.native.inner.hypers[0]), None)
+        groups = [g for g,ids in enumerate(self.group_ids) if any(hyper in self.hypers_of(i) for i in set(ids) & set(self.stepping()))]
+        if not groups: return
         g = groups[g % len(groups)]
         kept = self.native.inner.hypers[g][hyper]
         def change(side): side.inner.hypers[g][hyper] = self.BAD[kind]
         def undo(side): side.inner.hypers[g][hyper] = kept
         self.refuse(change, undo, 'bad hyper', seed)
+
+    def hypers_of(self, i):
+        "What a parameter is stepped with: Muon's matrices and the rest have not the same"
+        side = self.ours[0]
+        return side.opt.composition((), flags_on(self.spec.flags, side.params[i], side.of(i))).hypers
 
     # -- refusals
 

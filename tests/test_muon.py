@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastxtend import optim as ours
 from fastxtend.benchmark.models import model_shapes
-from fastxtend.benchmark.steps import Watcher
+from fastxtend.benchmark.steps import CONTESTANTS, LR, Watcher, hypers_of
 from fastxtend.callback.muon import outer_params
 from fastxtend.optimizer import muon
 from fastxtend.optimizer.attach import Attachment, average_weights
@@ -74,7 +74,7 @@ def test_gram_form_is_exact(shape, which, steps, monkeypatch):
     results = []
     for long in (0., math.inf):
         monkeypatch.setattr(muon, 'LONG', long)
-        results.append(newton_schulz(x.clone(), coefs))
+        results.append(newton_schulz([x.clone()], coefs)[0])
     torch.testing.assert_close(*results, rtol=0., atol=1e-10)
 
 def test_a_batch_is_its_matrices(monkeypatch):
@@ -139,6 +139,18 @@ def test_torchs_arguments():
     mine = ours.Muon([x.clone()], lr=.5)
     mine.load_state_dict(theirs.state_dict())
     assert mine.param_groups[0]['lr'] == .1 and torch.equal(next(iter(mine.state.values()))['momentum_buffer'], next(iter(theirs.state.values()))['momentum_buffer'])
+
+@torchs_muon
+def test_contestant_steps_new_gradients():
+    "PyTorch's Muon takes matrices only: in the benchmark convolutions are flattened, with the gradient of each step"
+    (p, g), (q, h) = ((randn(8, 3, 2, 2), randn(8, 3, 2, 2, seed=i)) for i in (1, 2))
+    p.grad = g
+    opt = CONTESTANTS['torch_fused'].build('Muon', [[p]], hypers_of('Muon'))
+    p.grad, q = h, q.flatten(1)
+    q.grad = h.flatten(1)
+    opt.step()
+    torch.optim.Muon([q], lr=LR, weight_decay=hypers_of('Muon')['wd']).step()
+    assert torch.equal(p.flatten(1), q)
 
 def test_a_group_may_say_which_way():
     a, b, c = (randn(8, 8, seed=i) for i in range(3))
@@ -218,23 +230,15 @@ class Products(TorchDispatchMode):
         self.calls[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
-def products(shapes, long):
-    "Distinct shapes that are orthogonalised, and batched products"
-    xs = [x for x in (torch.empty(s, device='meta') for s in shapes) if is_matrix(x)]
-    muon.LONG, before = long, muon.LONG
-    try:
-        with Products() as count: orthogonalise(xs, coefficients=coefficients_of('standard', 5))
-    finally: muon.LONG = before
-    assert not {'mm', 'addmm', 'matmul'} & set(count.calls)
-    return len({(x.shape[0], x.shape[1:].numel()) for x in xs}), count.calls['bmm'] + count.calls['baddbmm']
-
+@pytest.mark.parametrize('bfloat16', [True, False])
 @pytest.mark.parametrize('model', ['ViT-S/16', 'XResNet50'])
-def test_products_of_a_step(model):
-    "Three a shape and iteration without the Gram form, at most, and 19 of 15 with it, of which two are long"
-    shapes = model_shapes(model)
-    n, plain = products(shapes, math.inf)
-    assert plain <= 3*5*n
-    assert products(shapes, muon.LONG)[1] <= 19*n
+def test_products_of_a_step(model, bfloat16, monkeypatch):
+    "Three a shape and iteration, at most: the Gram form has more, but shapes of equal rows share all but two or four of them"
+    monkeypatch.setattr(muon, '_has_bfloat16', lambda device: bfloat16)
+    xs = [x for x in (torch.empty(s, device='meta') for s in model_shapes(model)) if is_matrix(x)]
+    with Products() as count: orthogonalise(xs, coefficients=coefficients_of('standard', 5))
+    assert not {'mm', 'addmm', 'matmul'} & set(count.calls)
+    assert 0 < count.calls['bmm'] + count.calls['baddbmm'] <= 3*5*len(set(map(muon.matrix_shape, xs)))
 
 @pytest.mark.parametrize('way', ALL_WAYS)
 def test_kernels_of_a_step(way):
@@ -245,21 +249,22 @@ def test_kernels_of_a_step(way):
     assert kernels_of('Muon', SMALL) == (3, 0)
     assert len(opt.gather()) == 2 and [len(b) for b in opt.gather()] == [2, 3]
 
-def test_room():
-    "What a step needs for the time being: a float32 for each element of matrices, and four times a batch"
-    params, most = [torch.randn(64, 192) for _ in range(6)] + [torch.randn(48, 48)], 2*64*192
+@pytest.mark.parametrize('shape,dtype', [((64, 192), torch.float32), ((96, 96), torch.float64)], ids=str)
+def test_room(shape, dtype):
+    "What a step needs for the time being: a float32 for each element of matrices (float64 if they are), and four times what is iterated together"
+    params, one, size = [randn(*shape, dtype=dtype) for _ in range(6)] + [randn(48, 48, dtype=dtype)], math.prod(shape), dtype.itemsize
     opt = Muon(params, .1, fused=True)
     set_grads(params, params)
     opt.step()
     def peak():
         with Watcher() as w: opt.step()
         return w.peak
-    matrices = 4*sum(map(Tensor.numel, params))
+    matrices = size*sum(map(Tensor.numel, params))
     whole = peak()
-    muon.BATCH, before = most, muon.BATCH
+    muon.BATCH, before = 2*one, muon.BATCH
     try: pieces = peak()
     finally: muon.BATCH = before
-    assert matrices < pieces < matrices + 4*4*most + 1000 < whole < matrices + 4*4*6*64*192 + 1000
+    assert matrices < pieces < matrices + 4*size*2*one + 1000 < whole < matrices + 4*size*6*one + 1000
 
 # --- Together with others
 

@@ -112,9 +112,11 @@ class Several:
     def __init__(self,
         opts:list, # Optimizers
         keep:bool=False, # Put gradients back that they take away?
-    ): self.opts, self.param_groups, self.keep = opts, [g for o in opts for g in o.param_groups], keep
+        flat:tuple=(), # Convolutions, each with the matrix in the same memory that they step in its place
+    ): self.opts, self.param_groups, self.keep, self.flat = opts, [g for o in opts for g in o.param_groups], keep, flat
 
     def step(self):
+        for p,m in self.flat: m.grad = None if p.grad is None else p.grad.flatten(1)
         grads = [(p, p.grad) for g in self.param_groups for p in g['params']] if self.keep else ()
         for o in self.opts: o.step()
         for p,g in grads: p.grad = g
@@ -123,18 +125,13 @@ def _by_way(groups):
     "Groups of matrices, and groups of everything else"
     return [[g for g in ({**g, 'params': [p for p in g['params'] if is_matrix(p) == way]} for g in groups) if g['params']] for way in (True, False)]
 
-def _flat(p):
-    "A convolution as a matrix in the same memory, with its gradient"
-    flat = p.detach().flatten(1)
-    flat.grad = p.grad.flatten(1)
-    return flat
-
 def torch_muon(groups, lr, adam, foreach=None, fused=None, **kwargs):
     "PyTorch's Muon for matrices and its AdamW for everything else"
     if not hasattr(torch.optim, 'Muon'): raise Lacking(f"PyTorch has Muon since 2.9, and this is {torch.__version__}")
     matrices, others = _by_way(groups)
-    opts = [torch.optim.Muon([{**g, 'params': [_flat(p) for p in g['params']]} for g in matrices], lr, **kwargs)] if matrices else []
-    return Several(opts + ([torch.optim.AdamW(others, lr, foreach=foreach, fused=fused, **adam)] if others else []))
+    flat = {p: p.detach().view(len(p), -1) for g in matrices for p in g['params'] if p.dim() > 2}
+    opts = [torch.optim.Muon([{**g, 'params': [flat.get(p, p) for p in g['params']]} for g in matrices], lr, **kwargs)] if matrices else []
+    return Several(opts + ([torch.optim.AdamW(others, lr, foreach=foreach, fused=fused, **adam)] if others else []), flat=tuple(flat.items()))
 
 def pytorch_optimizer_muon(groups, lr, adam, **kwargs):
     "Groups say which way they go"

@@ -121,7 +121,7 @@ class Layout:
         facts:tuple=(), # Names of those of `FACTS` that are needed
     ) -> list[tuple]: # Group, `do_wd`, how often the parameter occurs before, facts, and last counters of each row
         "The rows that are needed, and in `row_ids` which parameter needs which"
-        known = [tuple(FACTS[n](p) for n in facts) for p in self.params] if facts else [()]*len(self.params)
+        known = list(zip(*(map(FACTS[n], self.params) for n in facts))) if facts else [()]*len(self.params)
         do_wd = values_of(self.states, 'do_wd', True) if [True for s in self.states if 'do_wd' in s] else [True]*len(self.states)
         kinds = do_wd, known, *(values_of(self.states, n, start) for n,start in counters.items())
         if kinds != self.kinds:
@@ -375,7 +375,7 @@ def batch(self:FastOptimizer,
 
 def _room(p):
     "Where whole tensors are written during a step"
-    return torch.empty_like(p, dtype=max(p.dtype, torch.float32, key=lambda d: d.itemsize), requires_grad=False)
+    return torch.empty_like(p, dtype=p.dtype if p.dtype.itemsize >= 4 else torch.float32, requires_grad=False)
 
 def check_common(
     composition:Composition, # What is to be done

@@ -22,19 +22,32 @@ from .schedulefree import when_imported
 from .steppers import apply, average_grad, average_sqr_grad, decay, folded, slot, stepper, when
 
 # %% auto #0
-__all__ = ['SIDE', 'RATIO', 'COEFFICIENTS', 'LONG', 'GROWTH', 'NARROW', 'BATCH', 'PADDED', 'SCALES', 'muon', 'is_matrix',
-           'coefficients_of', 'newton_schulz', 'dtype_of_products', 'orthogonalise', 'look_ahead', 'adams_rate', 'Muon']
+__all__ = ['SIDE', 'RATIO', 'COEFFICIENTS', 'LONG', 'GROWTH', 'NARROW', 'BATCH', 'PADDED', 'SCALES', 'muon', 'matrix_shape',
+           'is_matrix', 'coefficients_of', 'newton_schulz', 'dtype_of_products', 'orthogonalise', 'look_ahead',
+           'adams_rate', 'Muon']
 
 # %% ../../nbs/optimizer.muon.ipynb #439fb774
 SIDE, RATIO = 4, 128 # Fewest rows or columns of a matrix, and most of one for each of the other
 
+@lru_cache(4096)
+def _matrix(shape): return shape[:1].numel(), shape[1:].numel()
+
+def matrix_shape(
+    p:Tensor, # Any tensor
+) -> tuple[int, int]:
+    "Rows and columns. Convolutions are matrices with a row for each channel that they give"
+    return _matrix(p.shape)
+
+@lru_cache(4096)
+def _fits(shape):
+    few, many = sorted(_matrix(shape))
+    return len(shape) > 1 and few >= SIDE and many <= RATIO*few
+
 def is_matrix(
     p:Tensor, # A parameter
 ) -> bool:
-    "Does Muon step it, unless the state of the parameter says otherwise? Convolutions are matrices with a row for each channel that they give"
-    if p.dim() < 2: return False
-    rows, cols = p.shape[0], p.shape[1:].numel()
-    return min(rows, cols) >= SIDE and max(rows, cols) <= RATIO*min(rows, cols)
+    "Does Muon step it, unless the state of the parameter says otherwise?"
+    return _fits(p.shape)
 
 # %% ../../nbs/optimizer.muon.ipynb #75b33e35
 COEFFICIENTS = dict(
@@ -57,45 +70,58 @@ def coefficients_of(
     return tuple(known[min(i, len(known) - 1)] for i in range(int(steps)))
 
 # %% ../../nbs/optimizer.muon.ipynb #974053e4
-def _gram_steps(x, coefficients):
+def _grams(xs):
+    "Products of rows with rows, all in one batch"
+    rows, sizes = xs[0].shape[1], list(map(len, xs))
+    g = xs[0].new_empty(sum(sizes), rows, rows)
+    for x,part in zip(xs, g.split(sizes)): torch.bmm(x, x.mT, out=part)
+    return g
+
+def _with(g, xs):
+    "Each of `xs`, and what of the batch `g` belongs to it"
+    return zip(xs, g.split(list(map(len, xs))))
+
+def _gram_steps(xs, coefficients):
     "Iterations that need only the products of rows with rows"
-    g, q = x @ x.mT, None
+    g, q = _grams(xs), None
     for i,(a, b, c) in enumerate(coefficients):
         w = torch.baddbmm(g, g, g, beta=b, alpha=c)
         w.diagonal(dim1=1, dim2=2).add_(a)
         q = w if q is None else w @ q
         if i < len(coefficients) - 1: g = w @ (w @ g)
-    return q @ x
+    return [part @ x for x,part in _with(q, xs)]
 
-def _plain_step(x, a, b, c):
+def _plain_step(xs, a, b, c):
     "One iteration"
-    g = x @ x.mT
-    return torch.baddbmm(x, torch.baddbmm(g, g, g, beta=b, alpha=c), x, beta=a)
+    g = _grams(xs)
+    w = torch.baddbmm(g, g, g, beta=b, alpha=c)
+    return [torch.baddbmm(x, part, x, beta=a) for x,part in _with(w, xs)]
 
 LONG = 1.5 # How many times as many columns as rows it takes for the Gram form to be the faster one
 GROWTH = {torch.bfloat16: 150., torch.float32: 1e6, torch.float64: 1e12} # Most that rounding errors of a product of rows with rows may grow by
 
 def _runs(coefficients, most):
     "Iterations that follow from one product of rows with rows: errors of it grow by the square of the first coefficient in each"
-    runs, growth = [[]], 1.
+    runs, growth = [], math.inf
     for o in coefficients:
-        if growth > most: runs, growth = [*runs, []], 1.
+        if growth > most: runs.append([]); growth = 1.
         runs[-1].append(o)
         growth *= o[0]**2
     return runs
 
+def _wide(xs, tall): return [x.mT if t else x for x,t in zip(xs, tall)]
+
 def newton_schulz(
-    x:Tensor, # Matrices with no more rows than columns: (matrices, rows, columns). They are overwritten
+    xs:list, # Batches of matrices whose shorter sides agree: (matrices, rows, columns). They and the list are overwritten
     coefficients:tuple, # Three numbers for each iteration
     eps:float=1e-7, # Least norm to divide by
-) -> Tensor: # Of the same shape
+) -> list: # Of the same shapes
     "Bring all singular values of each matrix near to 1"
-    x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps))
-    if x.shape[2] < LONG*x.shape[1]:
-        for o in coefficients: x = _plain_step(x, *o)
-        return x
-    for run in _runs(coefficients, GROWTH[x.dtype]): x = _gram_steps(x, run) if len(run) > 1 else _plain_step(x, *run[0])
-    return x
+    tall = [x.shape[1] > x.shape[2] for x in xs]
+    xs[:] = [x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)) for x in _wide(xs, tall)] # in place, so that nobody holds what is done with
+    long = sum(map(Tensor.numel, xs)) >= LONG*sum(map(len, xs))*xs[0].shape[1]**2
+    for run in _runs(coefficients, GROWTH[xs[0].dtype] if long else 0.): xs[:] = _gram_steps(xs, run) if len(run) > 1 else _plain_step(xs, *run[0])
+    return _wide(xs, tall)
 
 # %% ../../nbs/optimizer.muon.ipynb #52975722
 NARROW = 32 # Rows or columns up to which products are not rounded to bfloat16: there is little to gain
@@ -107,40 +133,59 @@ def _has_bfloat16(device):
     return device.type == 'cpu' and any(getattr(torch.cpu, n, bool)() for n in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
 
 def dtype_of_products(
-    t:Tensor, # A matrix
+    t:Tensor, # A parameter
 ) -> torch.dtype:
     "What it is multiplied in"
     if t.dtype == torch.float64: return t.dtype
-    return torch.bfloat16 if min(t.shape) > NARROW and _has_bfloat16(t.device) else torch.float32
+    return torch.bfloat16 if min(matrix_shape(t)) > NARROW and _has_bfloat16(t.device) else torch.float32
 
-BATCH = 2**24 # Most elements that are iterated at once, if they are of more than one matrix
+BATCH = 2**24 # Most elements that are iterated together, if they are of more than one matrix
 PADDED = 2**13 # Most elements of a matrix that is padded
-
-def _shape(t): return (t.shape[0] if t.dim() else 1), t.shape[1:].numel()
 
 def _batch_of(t):
     "What matrices have in common that are one batch: their shape, or, if they are small, the shorter side"
-    return min(_shape(t)) if t.numel() <= PADDED else _shape(t), t.device, t.dtype
+    return min(matrix_shape(t)) if t.numel() <= PADDED else matrix_shape(t)
+
+def _company(t):
+    "What batches have in common that are iterated together: the shorter side, and whether they are small, or long"
+    rows, cols = sorted(matrix_shape(t))
+    return rows, 'small' if t.numel() <= PADDED else cols >= LONG*rows, t.device, t.dtype
+
+def _pieces(ts):
+    "`ts` in lists of at most `BATCH` elements, with padding, or of one tensor"
+    res, room = [], 0
+    for t in ts:
+        size = max(t.numel(), PADDED)
+        if size > room: res.append([]); room = BATCH
+        res[-1].append(t); room -= size
+    return res
+
+def _alike(ts): return matrix_shape(ts[0]) == matrix_shape(ts[-1]) # in order
+
+def _stacked(ts):
+    "Matrices as one batch: wide ones with zeros behind, if their shapes differ"
+    dtype, device = dtype_of_products(ts[0]), ts[0].device
+    if _alike(ts): x = torch.empty(len(ts), *matrix_shape(ts[0]), dtype=dtype, device=device)
+    else: x = torch.zeros(len(ts), min(matrix_shape(ts[0])), max(max(matrix_shape(t)) for t in ts), dtype=dtype, device=device)
+    torch._foreach_copy_(_places(x, ts), [t if t.dim() == 2 else t.reshape(matrix_shape(t)) for t in ts])
+    return x
+
+def _places(x, ts):
+    "Where in the batch `x` each of `ts` is"
+    if _alike(ts): return list(x)
+    return [(o if rows <= cols else o.mT)[:rows, :cols] for o,(rows, cols) in zip(x, map(matrix_shape, ts))]
 
 @stepper('update', role='update', whole=True, update=slot(lent=True))
 def orthogonalise(direction, coefficients, eps=1e-7):
-    "The nearest orthogonal matrix, roughly: all singular values are near to 1. Matrices of the same shape are one batch"
-    for ts in groupby([t for t in direction if t.numel()], _batch_of).values():
-        most = max(BATCH//max(t.numel() for t in ts), 1)
-        for i in range(0, len(ts), most): _orthogonalise(ts[i:i + most], coefficients, eps)
+    "The nearest orthogonal matrix, roughly: all singular values are near to 1. Matrices of the same shape are one batch, and long ones of equal rows are iterated together"
+    for ts in groupby([t for t in direction if t.numel()], _company).values():
+        for piece in _pieces(sorted(ts, key=matrix_shape)): _orthogonalise(piece, coefficients, eps)
 
 def _orthogonalise(ts, coefficients, eps):
-    full = [whole(t) for t in ts]
-    matrices = [t.reshape(_shape(t)) for t in full]
-    padded = len({m.shape for m in matrices}) > 1
-    turned = [padded and m.shape[0] > m.shape[1] for m in matrices]
-    matrices = [m.mT if t else m for m,t in zip(matrices, turned)]
-    rows, cols = matrices[0].shape[0], max(m.shape[1] for m in matrices)
-    x = (torch.zeros if padded else torch.empty)(len(ts), rows, cols, dtype=dtype_of_products(matrices[0]), device=full[0].device)
-    def parts(x): return [o[:, :m.shape[1]] for o,m in zip(x, matrices)] if padded else list(x)
-    torch._foreach_copy_(parts(x), matrices)
-    x = newton_schulz(x.mT, coefficients, eps).mT if rows > cols else newton_schulz(x, coefficients, eps)
-    new = [(m.mT if t else m).reshape(o.shape) for m,t,o in zip(parts(x), turned, full)]
+    full = list(map(whole, ts))
+    batches = groupby(full, _batch_of).values()
+    xs = newton_schulz(list(map(_stacked, batches)), coefficients, eps)
+    new = [m if m.shape == t.shape else m.reshape(t.shape) for x,same in zip(xs, batches) for m,t in zip(_places(x, same), same)]
     if not any(map(is_sharded, ts)): torch._foreach_copy_(ts, new)
     else:
         for t,m in zip(ts, new): t.copy_(sharded_like(t, m))
