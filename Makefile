@@ -5,7 +5,8 @@ EXTRAS ?= dev,fused,bench
 CONSTRAINTS ?= constraints.txt
 DATA ?=
 JOBS ?= 2
-NOTEBOOKS ?= $(wildcard nbs/*.ipynb)
+# guides are run as scripts, by tests/test_guides.py
+NOTEBOOKS ?= $(filter-out nbs/guides.%,$(wildcard nbs/*.ipynb))
 
 bin := $(VENV)/bin
 ready := $(VENV)/.ready
@@ -54,7 +55,7 @@ pytest: setup ## Run the tests; ARGS="-k adam" chooses
 coverage: setup ## Which lines of fastxtend neither a test nor a notebook runs: a table, and pages in htmlcov
 	rm -f .coverage .coverage.*
 	OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
-	printf '%s\n' nbs/*.ipynb | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/coverage run $(bin)/nbdev-test {} --n-workers 0 --do-print
+	printf '%s\n' $(NOTEBOOKS) | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/coverage run $(bin)/nbdev-test {} --n-workers 0 --do-print
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage html --quiet
 	$(bin)/coverage report

@@ -1,7 +1,7 @@
 "What the tests of the optimizers share: the table's rows, parameters, gradients, schedules and tolerances"
 from __future__ import annotations
 
-import inspect, io, itertools, json, math, multiprocessing, os, subprocess, sys, threading, warnings
+import inspect, io, itertools, math, multiprocessing, os, subprocess, sys, threading, warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
@@ -255,12 +255,6 @@ def printed(code, *args, timeout=600, **env):
     clock.cancel()
     assert process.exitcode == 0, f'{process.exitcode}\n{out[-8000:]}'
     return out.splitlines()[-1]
-
-def shown(notebook):
-    "The code cells of a notebook that its readers see, as one program"
-    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
-    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
-    return '\n\n'.join(o for o in sources if not o.startswith(('#| hide', '#| echo: false')))
 
 INTERPRETS = os.environ.get('TRITON_INTERPRET') == '1' # Triton decides when it is imported whether it interprets
 

@@ -3,7 +3,7 @@
 import importlib.util, sys, tempfile
 from pathlib import Path
 
-from common import shown
+from notebooks import as_script
 from fastxtend.optimizer.table import OPTIMIZERS
 
 GUIDE = Path(__file__).parent.parent/'nbs/guides.own_optimizer.ipynb'
@@ -12,7 +12,7 @@ FOLDER = tempfile.TemporaryDirectory() # as long as the process lives: compilers
 def follow(notebook, name='guide'):
     "Run a notebook as the module `name`"
     path = Path(FOLDER.name)/f'{name}.py'
-    path.write_text(shown(notebook), encoding='utf-8')
+    path.write_text(as_script(notebook), encoding='utf-8')
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
