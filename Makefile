@@ -5,6 +5,7 @@ EXTRAS ?= dev,fused,bench
 CONSTRAINTS ?= constraints.txt
 DATA ?=
 JOBS ?= 2
+CASES ?= 8
 # guides are run as scripts, by tests/test_guides.py
 NOTEBOOKS ?= $(filter-out nbs/guides.%,$(wildcard nbs/*.ipynb))
 
@@ -52,10 +53,10 @@ nbtest: setup ## Run the notebooks, each in a process of its own; NOTEBOOKS=nbs/
 pytest: setup ## Run the tests; ARGS="-k adam" chooses
 	OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-coverage: setup ## Which lines of fastxtend neither a test nor a notebook runs: a table, and pages in htmlcov
+coverage: setup ## Which lines of fastxtend are run by notebooks and by CASES=8 of each test (CASES=9999: by all): a table, and pages in htmlcov
 	rm -f .coverage .coverage.*
-	OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
-	printf '%s\n' $(NOTEBOOKS) | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/coverage run $(bin)/nbdev-test {} --n-workers 0 --do-print
+	CASES=$(CASES) OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_WAIT_POLICY=passive $(bin)/coverage run .ci/nbtest.py $(JOBS) $(NOTEBOOKS)
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage html --quiet
 	$(bin)/coverage report
