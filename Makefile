@@ -53,13 +53,14 @@ nbtest: setup ## Run the notebooks, each in a process of its own; NOTEBOOKS=nbs/
 pytest: setup ## Run the tests; ARGS="-k adam" chooses
 	OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-coverage: setup ## Which lines of fastxtend are run by notebooks and by CASES=8 of each test (CASES=9999: by all): a table, and pages in htmlcov
+coverage: setup ## Which lines of fastxtend are run by notebooks and by CASES=8 of each test (CASES=9999: by all): a table, pages in htmlcov, and benchmarks/coverage.md
 	rm -f .coverage .coverage.*
 	CASES=$(CASES) OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 	OMP_WAIT_POLICY=passive $(bin)/coverage run .ci/nbtest.py $(JOBS) $(NOTEBOOKS)
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage html --quiet
 	$(bin)/coverage report
+	$(bin)/python .ci/covered.py
 
 readme: setup ## README.md and CHANGELOG.md from nbs/index.ipynb and nbs/changelog.ipynb
 	$(bin)/python .ci/readme.py
