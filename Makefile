@@ -5,7 +5,9 @@ EXTRAS ?= dev,fused,bench
 CONSTRAINTS ?= constraints.txt
 DATA ?=
 JOBS ?= 2
-NOTEBOOKS ?= $(wildcard nbs/*.ipynb)
+CASES ?= 8
+# guides are run as scripts, by tests/test_guides.py
+NOTEBOOKS ?= $(filter-out nbs/guides.%,$(wildcard nbs/*.ipynb))
 
 bin := $(VENV)/bin
 ready := $(VENV)/.ready
@@ -51,13 +53,14 @@ nbtest: setup ## Run the notebooks, each in a process of its own; NOTEBOOKS=nbs/
 pytest: setup ## Run the tests; ARGS="-k adam" chooses
 	OMP_WAIT_POLICY=passive $(bin)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-coverage: setup ## Which lines of fastxtend neither a test nor a notebook runs: a table, and pages in htmlcov
+coverage: setup ## Which lines of fastxtend are run by notebooks and by CASES=8 of each test (CASES=9999: by all): a table, pages in htmlcov, and benchmarks/coverage.md
 	rm -f .coverage .coverage.*
-	OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
-	printf '%s\n' nbs/*.ipynb | OMP_WAIT_POLICY=passive xargs -P $(JOBS) -I {} $(bin)/coverage run $(bin)/nbdev-test {} --n-workers 0 --do-print
+	CASES=$(CASES) OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_WAIT_POLICY=passive $(bin)/coverage run .ci/nbtest.py $(JOBS) $(NOTEBOOKS)
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage html --quiet
 	$(bin)/coverage report
+	$(bin)/python .ci/covered.py
 
 readme: setup ## README.md and CHANGELOG.md from nbs/index.ipynb and nbs/changelog.ipynb
 	$(bin)/python .ci/readme.py

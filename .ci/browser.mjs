@@ -30,6 +30,7 @@ const look = () => ({
     && [o, ...o.children].some(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)).length,
   off: [...document.querySelectorAll('table tr:first-child th')].filter(o => o.textContent.trim() === 'fused'
     && (o.getBoundingClientRect().right > window.innerWidth || o.getBoundingClientRect().right > o.closest('table').parentElement.getBoundingClientRect().right + 1)).length,
+  wide: [...document.querySelectorAll('table')].filter(o => window.innerWidth > 1000 && o.offsetParent && o.getBoundingClientRect().width > o.parentElement.getBoundingClientRect().width + 1).length,
   twice: [...document.querySelectorAll('[id]')].map(o => o.id).filter((o, i, all) => all.indexOf(o) !== i),
   tables: [...document.querySelectorAll('table')].filter(o => /Details/.test(o.rows[0]?.textContent) && o.rows.length > 1).length,
   maths: document.querySelectorAll('span.math').length,
@@ -57,6 +58,7 @@ try {
       if (seen.scroll > 0) wrong(`scrolls sideways by ${seen.scroll} pixels`)
       if (seen.unseen) wrong(`${seen.unseen} pictures do not show`)
       if (seen.cut) wrong(`${seen.cut} blocks of code are cut`)
+      if (seen.wide) wrong(`${seen.wide} tables are wider than the page`)
       if (seen.off) wrong(`the column of fused is off the screen in ${seen.off} tables`)
       if (seen.twice.length) wrong(`ids are there twice: ${seen.twice}`)
       if (seen.katex !== seen.maths || seen.wrong) wrong(`${seen.maths} formulas, of which ${seen.katex} are set, ${seen.wrong} with errors`)

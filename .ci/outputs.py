@@ -7,7 +7,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 nbs = root/'nbs'
-PAGES = ('optimizers', 'optimizer.fused', 'optimizer.steppers', 'optimizer.declare', 'guides.own_optimizer', 'performance', 'schedulers', 'callback.averaging',
+PAGES = ('optimizers', 'optimizer.fused', 'optimizer.steppers', 'optimizer.declare', 'guides.memory', 'guides.own_optimizer', 'performance', 'schedulers', 'callback.averaging',
          'reliability', 'showdoc')
 DPI, WIDTH, COLORS, LIMIT = 64, 800, 96, 300_000 # of plots: dots an inch, most pixels, colors; bytes of the outputs of a page
 KEPT = ('text/plain', 'text/markdown', 'image/png')

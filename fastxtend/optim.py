@@ -496,7 +496,7 @@ def _about(
     nesterov, # Step along the gradient and its new average?
     centered, # Divide by the standard deviation, and not by the root of the mean square?
     amsgrad, # Divide by the root of the largest mean square so far?
-    decoupled_weight_decay, # True weight decay, or L2 regularization?
+    decoupled_weight_decay, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
     maximize, # Go up, and not down?
     use_muon, # Does Muon step the parameters of a group, or Adam? If that is not said, Muon steps what is a matrix
     foreach, # `True`: all parameters together, with `torch._foreach_*`; `False`: one parameter after the other

@@ -1,5 +1,6 @@
 "Settings of all tests: nothing random from run to run, and no window for a plot"
 import os, zlib
+from collections import Counter
 
 os.environ.setdefault('MPLBACKEND', 'agg')
 
@@ -18,9 +19,18 @@ def name_of(item):
     params = getattr(getattr(item, 'callspec', None), 'params', {})
     return params.get('name') or getattr(params.get('c'), 'name', None)
 
+def few_of_each(items, n):
+    "At most `n` cases of each test, chosen by a hash of their names"
+    seen = Counter()
+    def is_early(item):
+        seen[item.path, item.originalname] += 1
+        return seen[item.path, item.originalname] <= n
+    chosen = {*filter(is_early, sorted(items, key=lambda i: zlib.crc32(i.nodeid.encode())))}
+    return [i for i in items if i in chosen]
+
 def pytest_collection_modifyitems(config, items):
     """`jit` is for optimizers that have a script: the table tells which. All cases of fastai's eight are run; of others, and of products, one in
-    `ONE_IN`, chosen by a hash of the name of the case, unless `SOAK` is set or `-k` or a name asks for them"""
+    `ONE_IN`, chosen by a hash of the name of the case, unless `SOAK` is set or `-k` or a name asks for them. `make coverage` runs `CASES` of each"""
     from fastxtend.optimizer.all import OPTIMIZERS
     everything = os.environ.get('SOAK') or config.getoption('keyword') or any('::' in a for a in config.args)
     def runs(item):
@@ -28,9 +38,10 @@ def pytest_collection_modifyitems(config, items):
         if 'jit' in [params.get(k) for k in ('way', 'source', 'target')] and name in OPTIMIZERS and OPTIMIZERS[name].jit is None: return False
         sampled = bool(PRODUCTS & {item.module.__name__, item.originalname}) or name in OPTIMIZERS and OPTIMIZERS[name].native is None
         return everything or not params or not sampled or zlib.crc32(item.nodeid.encode()) % ONE_IN == 0
-    dropped = [i for i in items if not runs(i)]
-    if dropped: config.hook.pytest_deselected(items=dropped)
-    items[:] = [i for i in items if runs(i)]
+    few = int(os.environ.pop('CASES', len(items))) # not for what the tests start
+    kept = few_of_each([*filter(runs, items)], len(items) if everything else few)
+    if dropped := {*items} - {*kept}: config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
 
 @pytest.fixture(autouse=True)
 def products_in_float32(monkeypatch):

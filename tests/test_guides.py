@@ -3,8 +3,18 @@ import os, re, subprocess, sys
 from pathlib import Path
 
 import pytest
+from common import printed
+from notebooks import as_script
 
 HERE = Path(__file__).parent
+
+@pytest.mark.parametrize('guide', sorted((HERE.parent/'nbs').glob('guides.*.ipynb')), ids=lambda o: o.stem)
+def test_runs_as_it_reads(guide, tmp_path):
+    "What a guide shows is a program: no line of it needs what is hidden"
+    script = tmp_path/'guide.py'
+    script.write_text(as_script(guide, hidden=True), encoding='utf-8')
+    run = "import os, runpy, sys; os.chdir(sys.argv[2]); runpy.run_path(sys.argv[1], run_name='__main__'); print('done')"
+    assert printed(run, str(script), str(guide.parent)) == 'done'
 
 def run_pytest(*args, **env):
     "Run tests with the optimizer of the guide in the table; the number of those that passed"

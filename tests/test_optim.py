@@ -1,6 +1,7 @@
 "`fastxtend.optim` against `torch.optim`: numbers, checkpoints, and what training loops do to an optimizer"
 import copy, io, pickle, pydoc, subprocess, sys
 from itertools import product
+from unittest import mock
 
 import pytest, torch
 from common import SOAK
@@ -43,7 +44,8 @@ OPTIONS = dict(
 def all_options(name, lr=1e-2):
     "Ours, and those of PyTorch's own tests; in a soak test every combination of the values that are in them"
     pytest.importorskip('expecttest') # which PyTorch's tests need
-    from torch.testing._internal.common_optimizers import optim_db
+    with mock.patch.object(torch.backends, 'disable_global_flags'): # which would forbid fastai, from here on, to set a flag
+        from torch.testing._internal.common_optimizers import optim_db
     theirs = next(o for o in optim_db if o.optim_cls.__name__ == name).optim_inputs_func(device='cpu')
     listed = [*(dict(lr=lr, weight_decay=wd, maximize=m, **o) for o,wd,m in product(OPTIONS[name], (0, .1), (False, True))), *(o.kwargs for o in theirs)]
     if not SOAK: return listed

@@ -260,3 +260,10 @@ def test_outputs_that_do_not_belong_into_a_repository(tmp_path, output, problem)
     page.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=[], outputs=[output] if output else [])])))
     found = list(outputs.problems(page))
     assert len(found) == (problem is not None) and all(problem in o for o in found)
+
+def test_coverage_as_a_table():
+    "What most is missing of comes first, and what everything is run of not at all"
+    import covered
+    def file(n, missing): return dict(num_statements=n, missing_lines=missing, percent_covered=100*(n - missing)/n)
+    found = dict(files={f'fastxtend/{n}.py': dict(summary=file(10, m)) for n,m in dict(a=0, b=1, c=3).items()}, totals=file(30, 4))
+    assert re.findall(r'^\| (\S+) \| \d+ \| (\d+) \| (\S+) \|$', covered.covered(found), re.M) == [('all', '4', '86.7%'), ('`c.py`', '3', '70.0%'), ('`b.py`', '1', '90.0%')]

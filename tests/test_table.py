@@ -1,5 +1,5 @@
 "The table of optimizers, what is derived from it, and that it drives the tests"
-import os, re, subprocess, sys
+import os, pydoc, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,7 @@ def test_constructors_as_published(name):
     assert arguments(f, without=('fused', 'state', 'weights', *(() if 'foreach=' in PUBLISHED[name] else ('foreach',)))) == PUBLISHED[name]
     assert list(inspect.signature(f).parameters)[-len(FLAGS):] == list(FLAGS)
     assert f.__module__ == 'fastxtend.optimizer.fused' and f.__doc__
+    assert all(f'{n}: ' in pydoc.render_doc(f) for n in inspect.signature(f).parameters)
 
 @pytest.mark.parametrize('name', NAMES)
 def test_helpers_are_derived(name):

@@ -130,7 +130,7 @@ def verdict(
     return text + (f" {AGAIN.capitalize()}: {uncertain} of {len(df)} times spread by more than they differ from native." if uncertain else '')
 
 # %% ../../nbs/benchmark.report.ipynb #0b0d00bc
-PUBLISHED_ON = "GeForce 3080 Ti, PyTorch 1.12.1, mixed precision, channels last except ViT and DeBERTa"
+PUBLISHED_ON = "GeForce 3080 Ti, PyTorch 1.12.1, in mixed precision; channels last, but for ViT and DeBERTa"
 PUBLISHED = {  # (model, groups): milliseconds of native, foreach and jit, and by how many percent foreach and jit were faster
     1: {('XResNet18', 1): (26, 12, 20, 109, 29), ('XResNet50', 1): (56, 32, 46, 74, 20), ('XSE-ResNeXt50', 1): (72, 43, 61, 68, 18),
         ('XResNet101', 1): (88, 47, 68, 84, 30), ('DeBERTa-base', 1): (27, 6.9, 19, 293, 46)},

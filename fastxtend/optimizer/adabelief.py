@@ -33,13 +33,13 @@ def never_zero(sqr_avg, eps):
 # %% ../../nbs/optimizer.adabelief.ipynb #ee98089f
 @optimizer()
 def AdaBelief(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.999, # The same of the average of squares (β2)
     eps:float=1e-08, # Added to the average of squares and to denominators
     wd:float=0.01, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "AdaBelief (Zhuang et al., 2020): Adam, divided by the size of surprises"
     return [decay(decouple_wd), average_grad, compare_expected, partial(average_sqr_grad, g='surprise'), never_zero, adam_step, apply]

@@ -49,14 +49,14 @@ def proximal_decay(p, shrink):
 # %% ../../nbs/optimizer.adan.ipynb #6bb945a1
 @optimizer()
 def Adan(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.98, # Share of the average of gradients that stays in a step (β1)
     diff_mom:float=0.92, # The same of the average of differences (β2)
     sqr_mom:float=0.99, # The same of the average of squares (β3)
     eps:float=1e-08, # Added to denominators
     wd:float=0.02, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "Adan (Xie et al., 2022): Adam with Nesterov momentum from differences of gradients"
     averages = [average_grad, partial(average_grad, g='diff', grad_avg='diff_avg', mom='diff_mom'), partial(average_sqr_grad, g='ahead')]

@@ -43,7 +43,7 @@ def ademamix_step(grad_avg, slow_avg, sqr_avg, avg_size, slow_size, folded_eps):
 # %% ../../nbs/optimizer.ademamix.ipynb #5c39bbf3
 @optimizer(fine=('slow_avg',))
 def AdEMAMix(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.999, # The same of the average of squares (β2)
@@ -52,7 +52,7 @@ def AdEMAMix(
     slow_warmup:int=0, # Steps until the slow average has its full memory and weight (T)
     eps:float=1e-08, # Added to denominators
     wd:float=0.01, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "AdEMAMix (Pagliardini et al., 2024): Adam with a second, slow average of gradients"
     averages = [average_grad, partial(average_grad, grad_avg='slow_avg', mom='warm_slow_mom'), average_sqr_grad]

@@ -36,14 +36,14 @@ def adopt_step(grad_avg, lr):
 # %% ../../nbs/optimizer.adopt.ipynb #9609addf
 @optimizer(fine=('sqr_avg',))
 def ADOPT(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.9999, # The same of the average of squares (β2)
     eps:float=1e-06, # Denominators are at least this
     wd:float=0.01, # Weight decay
     clip_exp:float=0.25, # Directions are within this power of the number of steps before
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "ADOPT (Taniguchi et al., 2024): Adam, divided by what it knew before"
     return [decay(decouple_wd), normalise, partial(average_grad, g='direction'), partial(average_sqr_grad, sqr_mom='begun_mom'), adopt_step, apply]

@@ -146,9 +146,9 @@ class FastOptimizer(Optimizer):
     takes_clip_scale = False # Is there something to be gained if the step itself clips, once the norm is known?
     set_to_none = False # Does `zero_grad` leave no gradients, instead of zeros?
     def __init__(self,
-        params:Tensor|Iterable, # Model parameters or parameter groups
+        params:Tensor|Iterable, # What to train: parameters, or lists of them (groups)
         spec:OptimizerSpec, # What to run
-        decouple_wd:bool=True, # Apply true weight decay or L2 regularization
+        decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
         options:dict=None, # Settings that are no hyperparameters, such as `clip` of Larc
         **defaults, # Hyperparameters
     ):
@@ -733,8 +733,8 @@ def check_k(
 class LookaheadMixin:
     "The slow weights of Lookahead (Zhang et al., 2019) for a `FastOptimizer`"
     def __init__(self, *args,
-        k:int=6, # How often to conduct Lookahead step
-        alpha:float=0.5, # Slow weight moving average coefficient
+        k:int=6, # Steps between two synchronisations
+        alpha:float=0.5, # How far slow weights go towards fast ones
         options:dict=None, # Settings that are no hyperparameters
         **kwargs
     ):

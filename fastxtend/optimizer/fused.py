@@ -37,11 +37,11 @@ momentum_step = partial(sgd_step, g='grad_avg') # along the average
 # %% ../../nbs/optimizer.fused.ipynb #5d665f1a
 @optimizer(native=fai.SGD, foreach=sgd_foreach_step, jit=sgd_jit_step, foreach_class=SGDForEachOptimizer)
 def SGD(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.0, # Share of the average of gradients that stays in a step (β1)
     wd:float=0.0, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> Optimizer|SGDForEachOptimizer|JitOptimizer|FusedOptimizer:
     "Stochastic gradient descent (SGDW), with undampened momentum if `mom` is not 0"
     return [decay(decouple_wd), *([add_momentum, momentum_step] if mom else [sgd_step]), apply]
@@ -62,13 +62,13 @@ def _native_rmsprop(params, lr, eps, **kwargs):
 
 @optimizer(native=_native_rmsprop, foreach=rmsprop_foreach_step, jit=rmsprop_jit_step, foreach_class=RMSPropForEachOptimizer)
 def RMSProp(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.0, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.99, # Share of the average of squares that stays in a step (β2)
     eps:float=1e-08, # Added to denominators
     wd:float=0.0, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> Optimizer|RMSPropForEachOptimizer|JitOptimizer|FusedOptimizer:
     "RMSProp (Hinton, 2012): the gradient, divided by the root of its mean square"
     return [decay(decouple_wd), *([add_momentum] if mom else []), average_sqr_grad, partial(rms_prop_step, g='grad_avg' if mom else 'g'), apply]
@@ -89,13 +89,13 @@ def adam_step(grad_avg, sqr_avg, step_size, folded_eps):
 # %% ../../nbs/optimizer.fused.ipynb #5145f168
 @optimizer(native=fai.Adam, foreach=partial(adam_foreach_step, eps='folded_eps'), jit=partial(adam_jit_step, eps='folded_eps'), foreach_class=AdamForEachOptimizer)
 def Adam(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.99, # The same of the average of squares (β2)
     eps:float=1e-05, # Added to denominators
     wd:float=0.01, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> Optimizer|AdamForEachOptimizer|JitOptimizer|FusedOptimizer:
     "Adam (Kingma & Ba, 2014), or AdamW (Loshchilov & Hutter, 2017) with true weight decay"
     return [decay(decouple_wd), average_grad, average_sqr_grad, adam_step, apply]
@@ -140,14 +140,14 @@ RADAM = [average_grad, average_sqr_grad, when('beta', sadam_step, radam_step), a
 # %% ../../nbs/optimizer.fused.ipynb #ebc2bb85
 @optimizer(native=fai.RAdam, foreach=partial(radam_foreach_step, eps='folded_eps'), jit=partial(radam_jit_step, eps='folded_eps'), foreach_class=RAdamForEachOptimizer)
 def RAdam(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.99, # The same of the average of squares (β2)
     eps:float=1e-05, # Added to denominators
     wd:float=0.0, # Weight decay
     beta:float=0.0, # If not 0, SAdam: sharpness of its softplus
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> Optimizer|RAdamForEachOptimizer|JitOptimizer|FusedOptimizer:
     "RAdam (Liu et al., 2019): Adam with a warm-up that it gives itself; with `beta` SAdam (Tong et al., 2019)"
     return [decay(decouple_wd), *RADAM]
@@ -169,7 +169,7 @@ def qhadam_step(g, grad_avg, sqr_avg, g_coef, avg_coef, sqr_g_coef, sqr_avg_coef
 # %% ../../nbs/optimizer.fused.ipynb #40e60a48
 @optimizer(native=fai.QHAdam, foreach=qhadam_foreach_step, jit=qhadam_jit_step, foreach_class=QHAdamForEachOptimizer)
 def QHAdam(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.999, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.999, # The same of the average of squares (β2)
@@ -177,7 +177,7 @@ def QHAdam(
     nu_2:float=1.0, # Share of the average in the denominator, the rest is the newest square
     eps:float=1e-08, # Added to denominators
     wd:float=0.0, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> Optimizer|QHAdamForEachOptimizer|JitOptimizer|FusedOptimizer:
     "QHAdam (Ma & Yarats, 2018): Adam whose averages are mixed with the newest gradient"
     return [decay(decouple_wd), average_grad, average_sqr_grad, qhadam_step, apply]
@@ -199,14 +199,14 @@ def larc_step(direction, local_lr):
 # %% ../../nbs/optimizer.fused.ipynb #a078a6c6
 @optimizer(native=fai.Larc, foreach=larc_foreach_step, jit=larc_jit_step, foreach_class=LarcForEachOptimizer, options=('clip',))
 def Larc(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     clip:bool=True, # Never above `lr` (LARC), or free (LARS)?
     trust_coeff:float=0.02, # Share of its norm that a layer may move
     eps:float=1e-08, # Added to denominators
     wd:float=0.0, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> Optimizer|LarcForEachOptimizer|JitOptimizer|FusedOptimizer:
     "LARC or LARS (You et al., 2017): SGD with a learning rate for each layer"
     return [decay(decouple_wd), *([add_momentum] if mom else []), partial(larc_step, direction='grad_avg' if mom else 'g'), apply]
@@ -229,13 +229,13 @@ def scale_by_trust(update, trust):
 @optimizer(native=fai.Lamb, foreach=partial(lamb_foreach_step, scale='step_size', eps='folded_eps'),
            jit=partial(lamb_jit_step, scale='step_size', eps='folded_eps', max_ratio=10.), foreach_class=LambForEachOptimizer)
 def Lamb(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.99, # The same of the average of squares (β2)
     eps:float=1e-05, # Added to denominators
     wd:float=0.01, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> Optimizer|LambForEachOptimizer|JitOptimizer|FusedOptimizer:
     "LAMB (You et al., 2019): Adam with a learning rate for each layer"
     return [decay(decouple_wd), average_grad, average_sqr_grad, partial(adam_step, lr=1.), scale_by_trust, apply]
@@ -253,7 +253,7 @@ def synchronise(p, slow_weights, alpha):
 @optimizer(native=fai.ranger, foreach=partial(ranger_foreach_step, eps='folded_eps'), jit=partial(ranger_jit_step, eps='folded_eps'),
            foreach_class=RangerForEachOptimizer, options=('k', 'alpha'), hypers=dict(beta=0.))
 def Ranger(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.95, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.99, # The same of the average of squares (β2)
@@ -261,7 +261,7 @@ def Ranger(
     wd:float=0.01, # Weight decay
     k:int=6, # Steps between two synchronisations
     alpha:float=0.5, # How far slow weights go towards fast ones
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> Lookahead|RangerForEachOptimizer|JitLookahead|FusedLookahead:
     "RAdam (Liu et al., 2019) inside Lookahead (Zhang et al., 2019), a combination by Less Wright"
     return [decay(decouple_wd), *RADAM, when('slow_weights', synchronise)]

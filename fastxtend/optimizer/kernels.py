@@ -38,9 +38,9 @@ def _capturing(): return _has_cuda() and torch.cuda.is_current_stream_capturing(
 class FusedOptimizer(FastOptimizer):
     "A fastai optimizer that steps all parameters in one kernel"
     def __init__(self,
-        params:Tensor|Iterable, # Model parameters or parameter groups
+        params:Tensor|Iterable, # What to train: parameters, or lists of them (groups)
         spec:OptimizerSpec, # Entry of the optimizer in `OPTIMIZERS`
-        decouple_wd:bool=False, # Use decoupled weight decay or L2 regularization
+        decouple_wd:bool=False, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
         slot_dtype:torch.dtype=None, # Of state tensors, if it is not that of their parameters
         exact:bool=False, # Keep the bits that bfloat16 parameters lose?
         **defaults, # Hyperparameters

@@ -34,13 +34,13 @@ def laprop_step(grad_avg, step_size):
 # %% ../../nbs/optimizer.laprop.ipynb #04cd2e67
 @optimizer()
 def LaProp(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.99, # The same of the average of squares (β2)
     eps:float=1e-15, # Added to denominators
     wd:float=0.01, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "LaProp (Ziyin et al., 2020): the average of gradients that are divided by their size"
     return [decay(decouple_wd), average_sqr_grad, divide, partial(average_grad, g='direction'), laprop_step, apply]

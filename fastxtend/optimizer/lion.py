@@ -29,12 +29,12 @@ def lion_step(g, grad_avg, mom, share, lr):
 # %% ../../nbs/optimizer.lion.ipynb #2c563d38
 @optimizer(lr=1e-4)
 def Lion(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average in the direction, the rest is the newest gradient (β1)
     avg_mom:float=0.99, # Share of the average of gradients that stays in a step (β2)
     wd:float=0.1, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "Lion (Chen et al., 2023): the sign of a mix of averaged and newest gradient"
     return [decay(decouple_wd), lion_step, partial(average_grad, mom='avg_mom'), apply]

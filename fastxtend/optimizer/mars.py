@@ -47,7 +47,7 @@ def remember(g):
 # %% ../../nbs/optimizer.mars.ipynb #a3af9fb4
 @optimizer()
 def MARS(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.95, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.99, # The same of the average of squares (β2)
@@ -58,7 +58,7 @@ def MARS(
     sqr_mom_1d:float=0.95, # β2 of vectors
     lr_1d:float=1.0, # Learning rate of vectors, as a factor
     vectors:bool=False, # Are vectors corrected too?
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "MARS (Yuan et al., 2024): AdamW on gradients with reduced variance"
     names = dict(lr='route_lr', mom='route_mom', sqr_mom='route_sqr_mom')

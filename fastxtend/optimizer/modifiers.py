@@ -92,7 +92,7 @@ def modified_spec(
     return replace(spec, name=name, body=body, options=options, native=None, foreach=foreach, jit=None, foreach_class=None, made_by=(modified_spec, (optimizer, modifiers)))
 
 def modified(
-    params, # Model parameters or parameter groups
+    params, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     optimizer:str, # Name of a constructor
     modifiers:tuple, # Names of modifiers

@@ -219,7 +219,7 @@ def adams_rate():
 # %% ../../nbs/optimizer.muon.ipynb #6ef1d494
 @optimizer(options=('nesterov', 'ns_steps', 'coefficients', 'scale', 'ns_eps'), flags=dict(do_muon=is_matrix))
 def Muon(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.95, # Share of the average of gradients that stays in a step, of matrices
     nesterov:bool=True, # Is the average taken one step ahead?
@@ -232,7 +232,7 @@ def Muon(
     adam_mom:float=0.9, # β1 of everything else
     adam_sqr_mom:float=0.99, # β2 of everything else
     adam_eps:float=1e-05, # Added to denominators
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "Muon (Jordan et al., 2024): steps of matrices are orthogonal, and Adam steps everything else"
     if scale not in SCALES: raise ValueError(f"`scale` is {' or '.join(map(repr, SCALES))}, and not {scale!r}")

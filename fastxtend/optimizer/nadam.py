@@ -32,14 +32,14 @@ def nadam_step(g, grad_avg, sqr_avg, g_coef, avg_coef, folded_eps):
 # %% ../../nbs/optimizer.nadam.ipynb #4b0f1baf
 @optimizer()
 def NAdam(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.99, # The same of the average of squares (β2)
     eps:float=1e-05, # Added to denominators
     wd:float=0.01, # Weight decay
     mom_decay:float=0.004, # How fast momentum goes up to `mom` (ψ)
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "NAdam (Dozat, 2016): Adam with Nesterov's momentum"
     return [decay(decouple_wd), average_grad, average_sqr_grad, nadam_step, apply]

@@ -65,7 +65,7 @@ def check_lr(
 # %% ../../nbs/optimizer.prodigy.ipynb #2ee48da9
 @optimizer(lr=1., check=check_lr)
 def Prodigy(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Factor of the learning rate that is found, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.999, # The same of the average of squares (β2)
@@ -77,7 +77,7 @@ def Prodigy(
     growth:float=math.inf, # Most that the estimate may grow by in a step, as a factor
     correct_bias:bool=False, # Correct the averages for having started at 0, as Adam does?
     safeguard:bool=False, # Leave `lr` out of the denominator of the estimate, for schedules that begin low?
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "Prodigy (Mishchenko & Defazio, 2023): Adam that finds its own learning rate"
     averages = [partial(average_grad, g='scaled'), partial(average_sqr_grad, g='scaled')]

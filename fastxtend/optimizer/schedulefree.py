@@ -56,7 +56,7 @@ def _with_decay(decouple_wd, steppers): return [*steppers, partial(l2_reg, g='up
 # %% ../../nbs/optimizer.schedulefree.ipynb #06713021
 @optimizer(fixed=('mom',), check=check_at_gradients)
 def ScheduleFreeAdam(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # How near to the average gradients are taken (β)
     sqr_mom:float=0.999, # Share of the average of squares that stays in a step (β2)
@@ -65,7 +65,7 @@ def ScheduleFreeAdam(
     warmup:int=0, # Steps in which the learning rate goes up
     lr_power:float=2.0, # Power of the learning rate in the weight of a step
     step_power:float=0.0, # Power of the number of steps in it
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "Schedule-Free AdamW (Defazio et al., 2024)"
     return _with_decay(decouple_wd, [average_sqr_grad, along_normalised])
@@ -75,14 +75,14 @@ schedulefree_adam = helper(ScheduleFreeAdam, 'schedulefree_adam')
 # %% ../../nbs/optimizer.schedulefree.ipynb #30426b99
 @optimizer(fixed=('mom',), check=check_at_gradients)
 def ScheduleFreeSGD(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # How near to the average gradients are taken (β)
     wd:float=0.0, # Weight decay
     warmup:int=0, # Steps in which the learning rate goes up
     lr_power:float=2.0, # Power of the learning rate in the weight of a step
     step_power:float=0.0, # Power of the number of steps in it
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "Schedule-Free SGD (Defazio et al., 2024)"
     return _with_decay(decouple_wd, [along_gradient])

@@ -35,13 +35,13 @@ def stabilise(update, stable_lr):
 # %% ../../nbs/optimizer.stableadam.ipynb #69aab7f5
 @optimizer()
 def StableAdam(
-    params:Tensor|Iterable[Tensor]|L|fastuple, # Model parameters or parameter groups
+    params:Tensor|Iterable[Tensor]|L|fastuple, # What to train: parameters, or lists of them (groups)
     lr:float|slice, # Learning rate, one for each group if it is a slice or a list
     mom:float=0.9, # Share of the average of gradients that stays in a step (β1)
     sqr_mom:float=0.99, # The same of the average of squares (β2)
     eps:float=1e-05, # Added to denominators
     wd:float=0.01, # Weight decay
-    decouple_wd:bool=True, # True weight decay, or L2 regularization?
+    decouple_wd:bool=True, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> StepperOptimizer|ForEachOptimizer|FusedOptimizer:
     "StableAdamW (Wortsman et al., 2023): AdamW with shorter steps where gradients have grown"
     steps = [average_grad, average_sqr_grad, partial(adam_step, lr=1.), compare_size, stabilise]

@@ -122,7 +122,7 @@ def l2_reg(p, g, l2):
     return where(l2, g + l2*p, g)
 
 def decay(
-    decouple_wd:bool, # True weight decay, or L2 regularization?
+    decouple_wd:bool, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
 ) -> Callable:
     "The stepper that fastai begins with"
     return weight_decay if decouple_wd else l2_reg

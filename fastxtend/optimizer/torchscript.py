@@ -201,11 +201,11 @@ def lamb_jit_step(p:List[Tensor], g:List[Tensor], grad_avg:List[Tensor], sqr_avg
 NO_SHARDS = "TorchScript cannot take norms of sharded parameters (`DTensor`): use `foreach=True` or `fused=True`"
 
 class JitOptimizer(FastOptimizer):
-    "An `Optimizer` with a modified step for TorchScript optimizers"
+    "An optimizer whose step is one TorchScript function"
     def __init__(self,
-        params:Tensor|Iterable, # Model parameters or parameter groups
+        params:Tensor|Iterable, # What to train: parameters, or lists of them (groups)
         opt_step:Callable, # Scripted step function, such as `adam_jit_step`
-        decouple_wd:bool=False, # Use decoupled weight decay or L2 regularization
+        decouple_wd:bool=False, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
         **defaults, # Hyperparameters
     ):
         super().__init__(params, spec_of(opt_step), decouple_wd, **defaults)
@@ -218,4 +218,4 @@ class JitOptimizer(FastOptimizer):
         return ListEngine(with_names(self.opt_step, self.spec.jit), 'jit', math.inf, lists=False)
 
 class JitLookahead(LookaheadMixin, JitOptimizer):
-    "A `JitOptimizer` with a modified step for Lookahead TorchScript optimizers"
+    "`JitOptimizer` with slow weights, as Lookahead has them"

@@ -40,7 +40,7 @@ class TorchOptimizer(OptimWrapper):
     hypers = None # one dict a group, where `OptimWrapper` makes copies
 
     def __init__(self,
-        params:Tensor|Iterable=None, # Model parameters or parameter groups. Don't set if using a built optimizer
+        params:Tensor|Iterable=None, # What to train: parameters, or lists of them (groups). Don't set if using a built optimizer
         opt:Callable|torch.optim.Optimizer=None, # A torch optimizer constructor, or an already built optimizer
         hp_map:dict=None, # fastai's name for each of the optimizer's options, `hyper_names(opt)` if `None`
         **kwargs, # Options of the optimizer, under PyTorch's names
