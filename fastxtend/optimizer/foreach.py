@@ -208,9 +208,9 @@ class ForEachOptimizer(FastOptimizer):
     "A fastai optimizer that runs a step function on `torch._foreach_*`"
     block = BLOCK # Elements that are passed at a time, on a CPU
     def __init__(self,
-        params:Tensor|Iterable, # Model parameters or parameter groups
+        params:Tensor|Iterable, # What to train: parameters, or lists of them (groups)
         opt_step:Callable=None, # Step function, such as `adam_foreach_step`; without one, the steppers of `spec` on lists of tensors
-        decouple_wd:bool=False, # Use decoupled weight decay or L2 regularization
+        decouple_wd:bool=False, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
         spec:OptimizerSpec=None, # Entry of the optimizer in `OPTIMIZERS`, if it is not known by its step
         **defaults, # Hyperparameters
     ):

@@ -25,7 +25,7 @@ __all__ = ['BLOCK', 'blocks', 'fold_late', 'HostWork', 'needs_late', 'knows', 'n
            'WrittenWork', 'StepperEngine', 'StepperWork']
 
 # %% ../../nbs/optimizer.lists.ipynb #fc3fc37d
-BLOCK = 2**20
+BLOCK = 2**19
 
 def _pieces(ts):
     "Flat pieces of at most `BLOCK` elements of tensors that have the same dense layout, or the tensors if they do not"
