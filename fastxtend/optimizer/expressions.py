@@ -206,7 +206,7 @@ class Call:
     free:bool = False # Is the memory of the first list free?
     done:list = field(default_factory=list) # `Node`s that are not needed any more
 
-_RELATED = ('where', 'pick', 'filled', 'clone', 'gt', 'lt', 'ge', 'le') # They never work in place
+_NEW = ('where', 'pick', 'filled', 'clone', 'gt', 'lt', 'ge', 'le') # never work in place
 _SYMMETRIC = ('mul', 'maximum', 'minimum')
 
 def in_order(
@@ -230,15 +230,15 @@ class Program:
     "Calls that do what a stage does"
     def __init__(self,
         written:dict, # Names of tensors to `Expression`s: their new values
-        summed:dict={}, # Names to `Expression`s that are added up
-        there:dict={}, # `Node`s to names of tensors that hold them already
+        summed:dict=None, # Names to `Expression`s that are added up
+        there:dict=None, # `Node`s to names of tensors that hold them already
     ):
-        self.there = there
+        self.there = there or {}
         self.written = {n: self._apart(n, e.plain) for n,e in written.items()}
-        summed = {n: _reduced(e) for n,e in summed.items()}
+        summed = {n: _reduced(e) for n,e in (summed or {}).items()}
         self.summed, self.scales = [e.node for e in summed.values()], [e.scale for e in summed.values()]
         given = [*self.summed, *self.written.values()]
-        nodes = in_order(given, there)
+        nodes = in_order(given, self.there)
         self.inputs = {n: self._name(n) for n in nodes if self._name(n)}
         users = {}
         for n in nodes:
@@ -298,7 +298,7 @@ class Program:
         made, own = {c.node: c for c in self.calls}, {} # the slot in whose memory a node is calculated
         for name,node in self.written.items():
             chain = []
-            while node in made and node not in own and made[node].op not in _RELATED and self.last[made[node].args[0]] is node:
+            while node in made and node not in own and made[node].op not in _NEW and self.last[made[node].args[0]] is node:
                 chain.append(node)
                 node = made[node].args[0]
             if self.inputs.get(node) == name: own.update(dict.fromkeys(chain, name))
@@ -306,7 +306,7 @@ class Program:
         for c in self.calls:
             first = c.args[0]
             mine = first in made and first not in own and made[first].op not in ('pick', 'gt', 'lt', 'ge', 'le')
-            c.free = c.node in own or mine and c.op not in _RELATED and self.last[first] is c.node
+            c.free = c.node in own or mine and c.op not in _NEW and self.last[first] is c.node
         after = {c.node: c for c in self.calls}
         for n,user in self.last.items():
             if user in after: after[user].done.append(n)
