@@ -76,7 +76,8 @@ class HostWork(Work):
 
     def keep(self):
         for name in self.batch.composition.kept:
-            states, values = self.batch.states, np.broadcast_to(self.known[name], len(self.batch)).tolist()
+            states, values = self.batch.states, np.ravel(self.known[name]).tolist()
+            if len(values) < len(states): values *= len(states)
             for i in self.stepped(): states[i][name] = values[i]
         for name,c in self.batch.composition.carried.items(): self.batch.carried[name] = float(np.ravel(self.known[c.of])[0])
 
