@@ -416,7 +416,7 @@ def drive(
     out:np.ndarray=_nothing, # Where a stage leaves its sums: (chunks, sums) of float64
 ):
     "Call `fn` for all chunks, on as many threads as PyTorch uses"
-    args = fn, address_of(seen.table) + 8*(3 + seen.n_tensors), seen.table.strides[0], address_of(tables.chunks), len(tables.chunks), address_of(rows), rows.strides[0], address_of(row_ids), address_of(out), out.strides[0]
+    args = fn, address_of(seen.table) + 8*(3 + seen.n_tensors), seen.table.strides[0], tables.chunks_at, len(tables.chunks), address_of(rows), rows.strides[0], address_of(row_ids), address_of(out), out.strides[0]
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     if tables.total < SERIAL or threads == 1 or _forked: return driver(False)(*args)
     with _lock:
@@ -436,7 +436,7 @@ class Tables:
         nth = np.repeat(np.arange(len(idxs)), counts)
         start = (np.arange(len(nth)) - np.repeat(np.cumsum(counts) - counts, counts))*CHUNK
         self.chunks = np.stack([idxs[nth], start, np.minimum(sizes[nth] - start, CHUNK)], 1).astype(np.int64)
-        self.total = int(sizes.sum())
+        self.total, self.chunks_at = int(sizes.sum()), address_of(self.chunks)
 
 # %% ../../nbs/optimizer.cpu.ipynb #9cb4efd6
 class NumbaEngine(Engine):

@@ -154,7 +154,7 @@ def compiled_probe():
     kinds_at = address_of(kinds)
     def compiled(*tensors, beside=0):
         lists, infos, res = list(map(list, tensors)), np.empty(2*_INFO, np.int64), Probe.empty(len(tensors[0]), len(tensors))
-        if any(len(l) != len(res.table) for l in lists): raise ValueError("There have to be as many tensors in each list")
+        if {*map(len, lists)} != {len(res.table)}: raise ValueError("There have to be as many tensors in each list")
         ids = np.array(list(map(id, lists)))
         fill(functions, plain, impl, kinds_at, address_of(infos), address_of(ids), len(lists), beside, address_of(res.table), len(res.table))
         return res

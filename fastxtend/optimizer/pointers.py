@@ -32,11 +32,13 @@ def pointer_to(
 i64 = types.int64
 i64_ptr, f64_ptr = pointer_to(i64), pointer_to(types.float64)
 
+_address, _buffer = ctypes.addressof, ctypes.c_char.from_buffer
+
 def address_of(
     a:np.ndarray, # Contiguous and writable
 ) -> int: # 0 if it is empty
     "Where its elements begin. (`a.ctypes.data` takes four times as long)"
-    return ctypes.addressof(ctypes.c_char.from_buffer(a)) if a.size else 0
+    return _address(_buffer(a)) if a.size else 0
 
 def c_function(
     res:types.Type, # Of what it returns
