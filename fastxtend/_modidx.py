@@ -840,6 +840,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastxtend/optimizer/core.py'),
                                           'fastxtend.optimizer.core.check_k': ( 'optimizer.core.html#check_k',
                                                                                 'fastxtend/optimizer/core.py'),
+                                          'fastxtend.optimizer.core.check_new': ( 'optimizer.core.html#check_new',
+                                                                                  'fastxtend/optimizer/core.py'),
                                           'fastxtend.optimizer.core.distinct': ( 'optimizer.core.html#distinct',
                                                                                  'fastxtend/optimizer/core.py'),
                                           'fastxtend.optimizer.core.facts_in': ( 'optimizer.core.html#facts_in',

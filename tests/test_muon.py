@@ -317,3 +317,12 @@ def test_stages(first, stages):
     assert [s.name.split('_')[1] if '_' in s.name else 'step' for s in composition.stages] == stages
     assert composition.step.gives == ('p',) and not composition.is_local
     with pytest.raises(CompositionError, match='whole tensors'): compose([partial(turn_round, direction='lr'), shorten, apply], ('lr',))
+
+@pytest.mark.parametrize('way', ['native', 'foreach', 'fused'])
+def test_refused_before_state_is_made(way):
+    "A gradient that a vector cannot have: matrices, which are planned first, have no state afterwards"
+    params = [torch.ones(4, 5).requires_grad_(), torch.ones(3).requires_grad_()]
+    opt = build('Muon', params, way)
+    params[0].grad, params[1].grad = torch.ones(4, 5), torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match='sparse'): opt.step()
+    assert not any(opt.state[p] for p in params)

@@ -26,7 +26,8 @@ from .table import FACTS, OptimizerSpec, known_slots, own_slots
 
 # %% auto #0
 __all__ = ['FLOAT32', 'SETS', 'ONLY_WHOLE', 'COARSE', 'SIGNED', 'LOOKAHEAD', 'distinct', 'values_of', 'repeats', 'flags_on',
-           'facts_in', 'Layout', 'FastOptimizer', 'check_common', 'Zeroing', 'in_full', 'check_k', 'LookaheadMixin']
+           'facts_in', 'Layout', 'FastOptimizer', 'check_common', 'check_new', 'Zeroing', 'in_full', 'check_k',
+           'LookaheadMixin']
 
 # %% ../../nbs/optimizer.core.ipynb #60e20d67
 def distinct(
@@ -497,6 +498,13 @@ def take_step(self:FastOptimizer,
     if cleared: self._cleared = cleared, [g._version for g in cleared]
     for (_,batch,_),part in zip(planned, self._parts): self.count_step(batch, part)
 
+def check_new(
+    batches:list, # All that is about to step
+):
+    "Check everything before a part of it begins to keep state"
+    if any(t is None for b in batches for ts in b.slots.values() for t in ts):
+        for b in batches: check_batch(b)
+
 @patch
 def ready(self:FastOptimizer,
     **lent:list, # Slots that are lent for this step: a tensor for each parameter that steps
@@ -505,6 +513,7 @@ def ready(self:FastOptimizer,
     self.attached = {n: a for n,a in self.attached.items() if a.is_wanted}
     batches = self.gather(**lent)
     if not any(map(len, batches)): return None
+    if len(batches) > 1: check_new(batches)
     planned = [self.plan(b) for b in batches]
     if not self.attached or all(plan.takes(batch.composition) for plan,batch,_ in planned) and not (len(planned) > 1 and meet(planned)): return planned
     self.set_apart(self.attached)
