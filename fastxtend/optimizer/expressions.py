@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np, torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from .probe import is_sharded
 from .steppers import MATH, Stage, compile_stage
 
 # %% auto #0
-__all__ = ['LARGE', 'EXPRESSION_MATH', 'OPS', 'number_tensor', 'whole', 'on_cpu', 'operand', 'one_by_one', 'multiply_',
-           'add_scaled_', 'Node', 'Expression', 'expressions', 'Call', 'in_order', 'Program']
+__all__ = ['LARGE', 'EXPRESSION_MATH', 'OPS', 'multiply_', 'add_scaled_', 'number_tensor', 'whole', 'on_cpu', 'operand',
+           'one_by_one', 'Node', 'Expression', 'expressions', 'Call', 'in_order', 'Program']
 
 # %% ../../nbs/optimizer.expressions.ipynb #e0000006
 @lru_cache(4096)
@@ -42,14 +42,6 @@ LARGE = 2**14 # Elements from which on memory takes longer than a call
 def one_by_one(ts):
     "Are these large and on a CPU, where a call for each costs less than a further pass over them?"
     return on_cpu(ts) and not is_sharded(ts[0]) and sum(map(Tensor.numel, ts)) > len(ts)*LARGE
-
-def multiply_(ts, x): torch._foreach_mul_(ts, operand(ts, x))
-
-def add_scaled_(p, x, scale):
-    "Add `scale*x` to `p`"
-    if not isinstance(scale, list): torch._foreach_add_(p, x, alpha=scale)
-    elif on_cpu(p): torch._foreach_addcmul_(p, x, operand(p, 1.), scale)
-    else: torch._foreach_add_(p, torch._foreach_mul(x, scale))
 
 # %% ../../nbs/optimizer.expressions.ipynb #e0000008
 @dataclass(eq=False)
@@ -163,16 +155,18 @@ def _call(name):
         return ts
     return run
 
+_calls = {n: _call(n) for n in ('sqrt', 'exp', 'log', 'abs', 'sign', 'reciprocal', 'pow', 'add', 'mul', 'div', 'maximum', 'minimum', 'lerp', 'addcmul', 'addcdiv')}
+
 def _with_operand(name):
     "The same with a number"
-    call = _call(name)
+    call = _calls[name]
     return lambda free, ts, x: call(free, ts, operand(ts, x))
 
 def _add(free, ts, xs, scale):
     "`ts + scale*xs`"
-    if not isinstance(scale, list): return _call('add')(free, ts, xs, alpha=scale)
-    if on_cpu(ts): return _call('addcmul')(free, ts, xs, operand(ts, 1.), scale)
-    return _call('add')(free, ts, torch._foreach_mul(xs, scale))
+    if not isinstance(scale, list): return _calls['add'](free, ts, xs, alpha=scale)
+    if on_cpu(ts): return _calls['addcmul'](free, ts, xs, operand(ts, 1.), scale)
+    return _calls['add'](free, ts, torch._foreach_mul(xs, scale))
 
 def _each(f):
     "A function of single tensors"
@@ -191,9 +185,10 @@ def _norm(order):
 
 def _dot(free, a, b): return [(x*y).sum() if is_sharded(x) or not (x.is_contiguous() and y.is_contiguous()) else torch.dot(x.view(-1), y.view(-1)) for x,y in zip(a, b)]
 
-_calls = {n: _call(n) for n in ('sqrt', 'exp', 'log', 'abs', 'sign', 'reciprocal', 'pow', 'mul', 'div', 'maximum', 'minimum', 'lerp', 'addcmul', 'addcdiv')}
-OPS = dict(**_calls, scaled=_with_operand('mul'), shifted=_with_operand('add'), add=_add, where=_each(torch.where), pick=_pick, filled=_each(torch.full_like),
-           clone=_each(Tensor.clone), norm=_norm(2), length=_norm(1), dot=_dot, total=_each(Tensor.sum), **{n: _each(getattr(torch, n)) for n in ('gt', 'lt', 'ge', 'le')})
+OPS = {**_calls, **dict(scaled=_with_operand('mul'), shifted=_with_operand('add'), add=_add, where=_each(torch.where), pick=_pick, filled=_each(torch.full_like),
+           clone=_each(Tensor.clone), norm=_norm(2), length=_norm(1), dot=_dot, total=_each(Tensor.sum), **{n: _each(getattr(torch, n)) for n in ('gt', 'lt', 'ge', 'le')})}
+
+multiply_, add_scaled_ = partial(OPS['scaled'], True), partial(OPS['add'], True) # as steps that are written by hand have them
 
 # %% ../../nbs/optimizer.expressions.ipynb #e0000016
 @dataclass(eq=False)
