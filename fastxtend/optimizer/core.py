@@ -130,6 +130,9 @@ class Layout:
             self.kinds, self.row_ids, self.row_list = kinds, np.array(row_ids, np.int64), row_ids
         return self.keys
 
+    @property
+    def counts(self): "Of each counter, its value for each parameter"; return self.kinds[2:]
+
     def advance(self,
         counts:list, # Of each counter, its new value for each row
     ):
@@ -376,7 +379,7 @@ def batch(self:FastOptimizer,
 
 def _room(p):
     "Where whole tensors are written during a step"
-    return torch.empty_like(p, dtype=p.dtype if p.dtype.itemsize >= 4 else torch.float32, requires_grad=False)
+    return torch.empty_like(p) if p.dtype.itemsize >= 4 else torch.empty_like(p, dtype=torch.float32)
 
 def check_common(
     composition:Composition, # What is to be done
@@ -484,7 +487,8 @@ def count_step(self:FastOptimizer,
     "Write the new counters into the states"
     names = tuple(batch.composition.counters)
     if not names: return
-    for n,new in zip(names, layout.advance([[row[n] for row in batch.rows] for n in names])):
+    for n,old,new in zip(names, layout.counts, layout.advance([[row[n] for row in batch.rows] for n in names])):
+        if new == old: continue # such as the greatest learning rate so far
         for state,value in zip(batch.states, new): state[n] = value
 
 @patch

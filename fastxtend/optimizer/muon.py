@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib, math
 from functools import lru_cache, partial
+from operator import attrgetter
 
 from fastai.torch_basics import *
 from torch import Tensor
@@ -142,22 +143,33 @@ def dtype_of_products(
 BATCH = 2**24 # Most elements that are iterated together, if they are of more than one matrix
 PADDED = 2**13 # Most elements of a matrix that is padded
 
-def _batch_of(t):
+def _batch_of(shape):
     "What matrices have in common that are one batch: their shape, or, if they are small, the shorter side"
-    return min(matrix_shape(t)) if t.numel() <= PADDED else matrix_shape(t)
+    return min(_matrix(shape)) if shape.numel() <= PADDED else _matrix(shape)
 
-def _company(t):
+def _company(shape, *others):
     "What batches have in common that are iterated together: the shorter side, and whether they are small, or long"
-    rows, cols = sorted(matrix_shape(t))
-    return rows, 'small' if t.numel() <= PADDED else cols >= LONG*rows, t.device, t.dtype
+    rows, cols = sorted(_matrix(shape))
+    return rows, 'small' if shape.numel() <= PADDED else cols >= LONG*rows, *others
 
-def _pieces(ts):
-    "`ts` in lists of at most `BATCH` elements, with padding, or of one tensor"
+def _pieces(sizes, most):
+    "Positions in lists of at most `most` elements, with padding, or of one tensor"
     res, room = [], 0
-    for t in ts:
-        size = max(t.numel(), PADDED)
-        if size > room: res.append([]); room = BATCH
-        res[-1].append(t); room -= size
+    for i,size in sizes:
+        size = max(size, PADDED)
+        if size > room: res.append([]); room = most
+        res[-1].append(i); room -= size
+    return res
+
+_kind = attrgetter('shape', 'dtype', 'device')
+
+@lru_cache(256)
+def _together(kinds, most):
+    "Positions of tensors: lists of what is iterated together, which are lists of batches"
+    shapes, res = [shape for shape,*_ in kinds], []
+    for idxs in groupby([i for i,shape in enumerate(shapes) if shape.numel()], lambda i: _company(*kinds[i])).values():
+        in_order = sorted(idxs, key=lambda i: _matrix(shapes[i]))
+        res += [list(groupby(piece, lambda i: _batch_of(shapes[i])).values()) for piece in _pieces([(i, shapes[i].numel()) for i in in_order], most)]
     return res
 
 def _alike(ts): return matrix_shape(ts[0]) == matrix_shape(ts[-1]) # in order
@@ -178,14 +190,12 @@ def _places(x, ts):
 @stepper('update', role='update', whole=True, update=slot(lent=True))
 def orthogonalise(direction, coefficients, eps=1e-7):
     "The nearest orthogonal matrix, roughly: all singular values are near to 1. Matrices of the same shape are one batch, and long ones of equal rows are iterated together"
-    for ts in groupby([t for t in direction if t.numel()], _company).values():
-        for piece in _pieces(sorted(ts, key=matrix_shape)): _orthogonalise(piece, coefficients, eps)
+    for batches in _together(tuple(map(_kind, direction)), BATCH): _orthogonalise([[direction[i] for i in idxs] for idxs in batches], coefficients, eps)
 
-def _orthogonalise(ts, coefficients, eps):
-    full = list(map(whole, ts))
-    batches = groupby(full, _batch_of).values()
-    xs = newton_schulz(list(map(_stacked, batches)), coefficients, eps)
-    new = [m if m.shape == t.shape else m.reshape(t.shape) for x,same in zip(xs, batches) for m,t in zip(_places(x, same), same)]
+def _orthogonalise(batches, coefficients, eps):
+    full = [list(map(whole, ts)) for ts in batches]
+    xs = newton_schulz(list(map(_stacked, full)), coefficients, eps)
+    ts, new = [t for same in batches for t in same], [m if m.shape == t.shape else m.reshape(t.shape) for x,same in zip(xs, full) for m,t in zip(_places(x, same), same)]
     if not any(map(is_sharded, ts)): torch._foreach_copy_(ts, new)
     else:
         for t,m in zip(ts, new): t.copy_(sharded_like(t, m))

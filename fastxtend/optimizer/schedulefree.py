@@ -49,7 +49,7 @@ def check_at_gradients(
     batch, # What is about to step
 ):
     "`RuntimeError` if weights are at their average, where no gradients are to be taken"
-    if any('at_average' in s for s in batch.states): raise RuntimeError("Schedule-Free weights are at their average. Call `opt.train()` before gradients are computed, and `opt.eval()` after training")
+    if [True for s in batch.states if 'at_average' in s]: raise RuntimeError("Schedule-Free weights are at their average. Call `opt.train()` before gradients are computed, and `opt.eval()` after training")
 
 def _with_decay(decouple_wd, steppers): return [*steppers, partial(l2_reg, g='update'), schedule_free] if decouple_wd else [l2_reg, *steppers, schedule_free]
 
