@@ -213,7 +213,8 @@ class Adversary(RuleBasedStateMachine):
         off = float((a - b)[ok].abs().max()) if ok.any() else 0.
         scale = max(top(a), 0. if was is None else top(was.double()), (scales or {}).get(key, 0.), torch.finfo(own).smallest_normal) # below it numbers are no finer
         mixed = len({t.dtype for t in self.native.tensors().values()}) > 1 # a model was converted: what is rounded most decides
-        eps = max([torch.finfo(own).eps, *(torch.finfo(d).eps for d in (self.dtypes_of(key) if mixed else []))])
+        others = [t.dtype for t in self.native.tensors().values()] if self.spec.composition().carried else self.dtypes_of(key) # what follows from a sum over the model is as rough as its roughest part
+        eps = max([torch.finfo(own).eps, *(torch.finfo(d).eps for d in (others if mixed else []))])
         allowed = (EPS_16[way] if eps > 1e-4 else EPS)*eps*scale
         if norms_of(self.spec.name) and was is not None: allowed += NORMS.get(own, 3e-4)*top(a - was.double()) if was.shape == a.shape else 0.
         return off, allowed

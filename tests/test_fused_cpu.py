@@ -1,10 +1,10 @@
 "The CPU kernels beside everything else: caches, threads, forks, shared memory, and devices that have no kernel"
-import os, subprocess, sys, textwrap, threading, warnings
+import os, re, subprocess, sys, textwrap, threading, warnings
 
 import pytest
 from common import *
 from fastxtend.optimizer import cpu, plan
-from fastxtend.optimizer.steppers import compose, slot, stepper
+from fastxtend.optimizer.steppers import average_grad, compose, slot, stepper
 from fastxtend.optimizer.probe import REASONS
 
 STEP = '''
@@ -201,7 +201,23 @@ def test_nothing_keeps_gradients_alive():
 def test_functions_are_told_apart_by_name():
     "In Numba's cache, and when what comes from it is linked: two that are not the same have different names"
     codecs = set(cpu.CODECS.values())
-    functions = [*(f for c in codecs for f in (c.load, c.save, c.open, c.close, *cpu._in(c, np.float64)) if f), *(f for real in (np.float32, np.float64) for f in cpu.math_in(real).values())]
+    functions = [*(f for c in codecs for f in (c.load, c.save, c.begin, c.end, c.close, *cpu._in(c, np.float64)) if f), *(f for real in (np.float32, np.float64) for f in cpu.math_in(real).values())]
     functions = [f.py_func for f in functions if hasattr(f, 'py_func')]
     made = {f.__qualname__: f for f in functions}
     for f in functions: assert (made[f.__qualname__].__code__, made[f.__qualname__].__closure__) == (f.__code__, f.__closure__)
+
+def test_slots_may_have_any_name():
+    "Also one that the loops over elements use themselves"
+    def source(stage, **dtypes): return cpu.chunk_source(stage, cpu.codecs_of(dict(p=torch.float32, g=torch.float32, **dtypes)), ('p', 'g', *dtypes), stage.scalars)
+    own = set()
+    for stage in OPTIMIZERS['Lamb'].composition().kernels:
+        for dtypes in (dict(grad_avg=torch.float32, sqr_avg=torch.float32), dict(grad_avg=torch.int8, sqr_avg=torch.uint8, grad_avg_scales=torch.float32, sqr_avg_scales=torch.float32)):
+            own |= {n for n in re.findall(r'\b_([a-z_]+)\b', source(stage, **dtypes)) if not n.startswith(('p_', 'g_', 'grad_avg', 'sqr_avg', 'update', 'p_sqr'))}
+    assert {'start', 'n', 'at', 'i', 'piece', 'block'} <= own
+    step = compose([partial(average_grad, grad_avg=n) for n in sorted(own)], name='names').step
+    x, g, slots = torch.zeros(100), torch.arange(100.), {n: torch.ones(100) for n in sorted(own)}
+    tensors = dict(p=x, g=g, **slots)
+    run = cpu.compiled(step, cpu.codecs_of({n: t.dtype for n,t in tensors.items()}), tuple(tensors), step.scalars).ctypes
+    at, row = np.array([t.data_ptr() for t in tensors.values()]), np.array([dict(mom=.5, damp=1.).get(n) for n in step.scalars], np.float32)
+    run(at.ctypes.data, 0, 100, row.ctypes.data, 0)
+    for n,t in slots.items(): torch.testing.assert_close(t, .5 + g)

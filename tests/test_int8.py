@@ -8,6 +8,7 @@ from fastxtend.optimizer.attach import Attachment, average_weights, clear_gradie
 from fastxtend.optimizer.core import COARSE
 from fastxtend.optimizer.formats import BLOCK, ROOTS, SCALES, SMALLEST, top_of
 from fastxtend.optimizer.modifiers import cautious, cautious_decay, lookahead
+from fastxtend.optimizer.steppers import compose, slot, stepper
 from test_formats import as_double, params_of, twin_of
 
 on_cpu = pytest.mark.skipif(INTERPRETS, reason="of the kernels for CPUs")
@@ -59,6 +60,18 @@ def test_each_step_is_a_code_away(name):
     for n,p in zip(LARGE, params):
         assert {k: t.dtype for k,t in codes(opt, p).items()} == {k: torch.int8 if s.signed else torch.uint8 for k,s in slots.items() if n != 'small' and s.start != 'p' and k not in fine}
 
+@stepper('m', m=slot())
+def to_slot(g): return g
+@stepper('p', m=slot())
+def from_slot(m): return m
+
+def run_stage(f, **tensors):
+    "A kernel that only copies"
+    import numpy as np
+    from fastxtend.optimizer.cpu import codecs_of, compiled
+    codecs, at = codecs_of({n: t.dtype for n,t in tensors.items()}), np.array([t.data_ptr() for t in tensors.values()])
+    compiled(compose([f], name='copy').step, codecs, tuple(tensors), ()).ctypes(at.ctypes.data, 0, tensors['p'].numel(), 0, 0)
+
 @pytest.mark.parametrize('dtype', ROOTS)
 def test_adversarial_blocks(dtype):
     "One huge element, all zero, denormals, equal ones; NaN and infinity stay where they are"
@@ -71,8 +84,7 @@ def test_adversarial_blocks(dtype):
         scales, = ROOTS[dtype].start(t)
         if way == 'plain': ROOTS[dtype].split(x, t, scales); y = ROOTS[dtype].join(t, scales)
         else:
-            from fastxtend.optimizer.cpu import CODECS
-            CODECS[ROOTS[dtype]].close(x.numpy(), t.data_ptr(), scales.data_ptr(), 0, len(x)); CODECS[ROOTS[dtype]].open(y.numpy(), t.data_ptr(), scales.data_ptr(), 0, len(x))
+            for f in (to_slot, from_slot): run_stage(f, p=y, g=x, m=t, m_scales=scales)
         for (n,a),b in zip(blocks.items(), y.split(BLOCK)):
             if n in ('nan', 'inf'): assert not b.isfinite().any()
             elif n in ('zero', 'denormal'): assert (b <= SMALLEST).all() and (n != 'zero' or (b == 0).all())

@@ -24,10 +24,10 @@ from .probe import DTYPES, Probe
 from .steppers import Stage, called_by, compile_function, with_numbers_in
 
 # %% auto #0
-__all__ = ['CODECS', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'told_apart',
-           'bfloat_to_float', 'float_to_bfloat', 'float_to_either', 'same', 'Codec', 'open_exact', 'close_exact',
-           'root_codec', 'codecs_of', 'chunk_source', 'math_in', 'compiled', 'real_of', 'driver', 'drive', 'Tables',
-           'NumbaEngine', 'engine', 'Prepared', 'NumbaWork']
+__all__ = ['CODECS', 'PIECE', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'prefetch',
+           'told_apart', 'bfloat_to_float', 'float_to_bfloat', 'float_to_either', 'same', 'Codec', 'begin_exact',
+           'end_exact', 'load_exact', 'save_exact', 'greater', 'root_codec', 'codecs_of', 'chunk_source', 'math_in',
+           'compiled', 'real_of', 'driver', 'drive', 'Tables', 'NumbaEngine', 'engine', 'Prepared', 'NumbaWork']
 
 # %% ../../nbs/optimizer.cpu.ipynb #034c452c
 @intrinsic
@@ -53,6 +53,16 @@ def float_to_bits(typingctx, x):
     "32 bits of a float32"
     def codegen(context, builder, sig, args): return builder.bitcast(args[0], ir.IntType(32))
     return types.uint32(types.float32), codegen
+
+@intrinsic
+def prefetch(typingctx, at):
+    "Ask for the memory at an address, so that it is in the cache when it is read. What is not there is no error"
+    number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    def codegen(context, builder, sig, args):
+        f = builder.module.declare_intrinsic('llvm.prefetch', [byte], ir.FunctionType(ir.VoidType(), [byte, number, number, number]))
+        builder.call(f, [builder.inttoptr(args[0], byte), *(ir.Constant(number, i) for i in (0, 3, 1))]) # to read it soon, as data
+        return context.get_dummy_value()
+    return types.void(i64), codegen
 
 _jit = partial(njit, error_model='numpy', fastmath={'contract'})
 _inner = partial(_jit, no_cpython_wrapper=True, no_cfunc_wrapper=True) # for what is called from compiled code only: it compiles in half the time
@@ -102,8 +112,10 @@ class Codec:
     load:Callable=same # From memory
     save:Callable=same # To memory; of the number and the weight if `chance` is set
     chance:bool=False # Is it rounded by chance?
-    open:Callable=None # From a piece of memory to what is loaded from, if elements cannot be loaded one by one
-    close:Callable=None # And back
+    begin:Callable=None # Of a block: what its elements are loaded with
+    end:Callable=None # Of a block, after they were saved
+    close:Callable=None # Of all blocks of a piece, where `save` only puts elements aside: what was put aside to memory
+    pair:types.Type=None # What is in memory beside each element
     beside:tuple=() # Names of the tensors that `open` and `close` take as well, beside this one
 
     @property
@@ -117,8 +129,14 @@ CODECS = {c.dtype: c for c in (
 CODECS[formats.CHANCE] = replace(CODECS[torch.bfloat16], save=float_to_either, chance=True)
 
 # %% ../../nbs/optimizer.cpu.ipynb #bef0cf84
-_half, _no_bits, _nan_bits = np.uint32(16), np.uint32(0), np.uint32(0x7fc00000)
+_half, _no_bits, _all_bits, _nan_bits = map(np.uint32, (16, 0, 0xffffffff, 0x7fc00000))
 _places = np.arange(BLOCK, dtype=np.uint32) << _half # A table: computed in the loop, they would be numbers of 64 bits
+
+@_inner
+def _fetch(ahead, b):
+    "Ask for block `b` of what is needed next: pairs of an address, and the bytes of an element"
+    for at,size in ahead:
+        for k in range(BLOCK*size*b, BLOCK*size*(b + 1), 64): prefetch(at + k)
 
 @_inner
 def _stamp(upper):
@@ -128,54 +146,35 @@ def _stamp(upper):
         total = np.uint32(total + _mixed(np.uint32(_places[i] | np.uint32(upper[i]))))
     return total
 
-@_inner
-def _join(out, upper, lost):
-    for i in range(len(out)): out[i] = bits_to_float(np.uint32(np.uint32(np.uint32(upper[i]) << _half) + np.uint32(np.int32(lost[i]))))
-
-@_inner
-def _widen(out, upper):
-    for i in range(len(out)): out[i] = bfloat_to_float(upper[i])
-
-@_inner
-def _split(x, upper, lost):
-    for i in range(len(x)):
-        bits = _nan_bits if x[i] != x[i] else float_to_bits(x[i])
-        upper[i] = np.uint16(np.uint32(bits + np.uint32(0x8000)) >> _half)
-        lost[i] = np.int16(bits)
-
-_u16_ptr, _i16_ptr, _u32_ptr, _f32_ptr = map(pointer_to, (types.uint16, types.int16, types.uint32, types.float32))
-
-@_inner
-def _exact_at(upper_at, lost_at, stamps_at, start, n):
-    return carray(_u16_ptr(upper_at + 2*start), n), carray(_i16_ptr(lost_at + 2*start), n), carray(_u32_ptr(stamps_at + 4*(start//BLOCK)), -(-n//BLOCK))
+_u16_ptr, _u32_ptr, _f32_ptr = map(pointer_to, (types.uint16, types.uint32, types.float32))
 
 @_jit
-def open_exact(out, upper_at, lost_at, stamps_at, start, n):
-    "Weights with the bits that they lost, where these are of the weights that are there"
-    upper, lost, stamps = _exact_at(upper_at, lost_at, stamps_at, start, n)
-    _join(out[:n], upper, lost)
-    for b in range(len(stamps)):
-        i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
-        if _stamp(upper[i:j]) != stamps[b]: _widen(out[i:j], upper[i:j])
+def begin_exact(upper_at, lost_at, stamps_at, start, n):
+    "Which lost bits count: all if they are of the weights that are there, and none otherwise"
+    stamp = _stamp(carray(_u16_ptr(upper_at + 2*start), n))
+    return _all_bits if stamp == _u32_ptr(stamps_at)[start//BLOCK] else _no_bits
 
 @_jit
-def close_exact(x, upper_at, lost_at, stamps_at, start, n):
-    "Round weights, and keep what they lose"
-    upper, lost, stamps = _exact_at(upper_at, lost_at, stamps_at, start, n)
-    _split(x[:n], upper, lost)
-    for b in range(len(stamps)): stamps[b] = _stamp(upper[b*BLOCK:min(n, (b + 1)*BLOCK)])
+def end_exact(upper_at, lost_at, stamps_at, start, n):
+    "Note for which weights the lost bits are"
+    _u32_ptr(stamps_at)[start//BLOCK] = _stamp(carray(_u16_ptr(upper_at + 2*start), n))
+
+@_inner
+def load_exact(upper, lost, bits): return bits_to_float(np.uint32(np.uint32(np.uint32(upper) << _half) + np.uint32(np.uint32(np.int32(lost)) & bits)))
+
+@_inner
+def save_exact(x):
+    bits = _nan_bits if x != x else float_to_bits(x)
+    return np.uint16(np.uint32(bits + np.uint32(0x8000)) >> _half), np.int16(bits)
 
 @_inner
 def _size(x): return bits_to_float(np.uint32(float_to_bits(x) & np.uint32(0x7fffffff)))
 
 @_inner
-def _greatest(x):
-    "The greatest size in a block. Sizes are in the order of their bits, with NaN at the top"
-    most = np.uint32(0)
-    for i in range(len(x)):
-        bits = np.uint32(float_to_bits(x[i]) & np.uint32(0x7fffffff))
-        most = bits if bits > most else most
-    return bits_to_float(most)
+def greater(most, x):
+    "The greatest size so far. Sizes are in the order of their bits, with NaN at the top"
+    bits = np.uint32(float_to_bits(x) & np.uint32(0x7fffffff))
+    return bits if bits > most else most
 
 @_inner
 def _chance(x): return np.float32(np.int32(np.uint32(float_to_bits(x)*_mix_1)))*np.float32(2.**-31)
@@ -189,12 +188,15 @@ def root_codec(
     unit, smallest, most, least = np.float32(1/top**2), np.float32(SMALLEST), np.float32(most_of(dtype)), np.float32(least_of(dtype))
     to_whole, quarter, zero = np.float32(2**23 - .5), np.float32(.25), np.float32(0)
 
+    @_jit
+    @own
+    def begin_root(at, scales_at, start, n): return _f32_ptr(scales_at)[start//BLOCK]*unit
+
     @_inner
     @own
-    def decode(out, codes, scale):
-        for i in range(len(out)):
-            c = np.float32(codes[i])
-            out[i] = c*_size(c)*scale
+    def load_root(code, scale):
+        c = np.float32(code)
+        return c*_size(c)*scale
 
     @_inner
     @own
@@ -209,32 +211,21 @@ def root_codec(
             if signed: codes[i] = np.int8(np.uint32(_no_bits - c) if x[i] < zero else c)
             else: codes[i] = np.uint8(c if x[i] > zero else _no_bits)
 
-    @_inner
-    @own
-    def root_at(at, scales_at, start, n): return carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
-
     @_jit
     @own
-    def open_root(out, at, scales_at, start, n):
-        codes, scales = root_at(at, scales_at, start, n)
+    def close_root(x, greatest, at, scales_at, start, n, ahead):
+        codes, scales = carray(ptr(at + start), n), carray(_f32_ptr(scales_at + 4*(start//BLOCK)), -(-n//BLOCK))
         for b in range(len(scales)):
-            i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
-            decode(out[i:j], codes[i:j], scales[b]*unit)
-
-    @_jit
-    @own
-    def close_root(x, at, scales_at, start, n):
-        codes, scales = root_at(at, scales_at, start, n)
-        for b in range(len(scales)):
-            scale = _greatest(x[b*BLOCK:min(n, (b + 1)*BLOCK)])
+            scale = bits_to_float(greatest[b])
             scales[b] = smallest if scale < smallest else scale
         for b in range(len(scales)):
+            _fetch(ahead, b)
             i, j = b*BLOCK, min(n, (b + 1)*BLOCK)
             encode(x[i:j], codes[i:j], most/scales[b])
 
-    return Codec(dtype, types.float32, types.float32, open=open_root, close=close_root)
+    return Codec(dtype, types.int8 if signed else types.uint8, types.float32, load_root, begin=begin_root, close=close_root)
 
-CODECS[formats.EXACT] = Codec(torch.bfloat16, types.float32, types.float32, open=open_exact, close=close_exact)
+CODECS[formats.EXACT] = Codec(torch.bfloat16, types.uint16, types.float32, load_exact, save_exact, begin=begin_exact, end=end_exact, pair=types.int16)
 CODECS.update({fmt: root_codec(d) for d,fmt in formats.ROOTS.items()})
 
 def codecs_of(
@@ -247,46 +238,38 @@ def codecs_of(
     return tuple(None if n in beside or dtypes[n] is None else replace(CODECS[fmt], beside=fmt.names(n)) if fmt else CODECS[dtypes[n]] for n,fmt in stored.items())
 
 # %% ../../nbs/optimizer.cpu.ipynb #f6cbea3b
-_step_source = '''
-def {name}(_tensors, _start, _n, _row, _out):
-    _at, _values = carray(i64_ptr(_tensors), {n_tensors}), carray(scalars_at(_row), {n_scalars})
-    {scalars}
-    {arrays}
-    for _i in range(_n):
-        {loads}
-        {lines}
-        {stores}
-'''
-_sums_source = '''
-def {name}(_tensors, _start, _n, _row, _out):
-    _at, _values = carray(i64_ptr(_tensors), {n_tensors}), carray(scalars_at(_row), {n_scalars})
-    {scalars}
-    {totals} = 0.
-    _end = _start + _n
-    for _start in range(_start, _end, {piece}):
-        {arrays}
-        {parts} = zero
-        for _i in range(min({piece}, _end - _start)):
-            {loads}
-            {lines}
-            {add}
-        {add_parts}
-    _sums = carray(f64_ptr(_out), {n_sums})
-    {leave}
-'''
-_pieces_source = '''
-def {name}(_tensors, _start, _n, _row, _out):
-    _at, _values = carray(i64_ptr(_tensors), {n_tensors}), carray(scalars_at(_row), {n_scalars})
-    {scalars}
-    _end = _start + _n
-    for _start in range(_start, _end, {piece}):
-        {arrays}
-        for _i in range(min({piece}, _end - _start)):
-            {loads}
-            {lines}
-            {stores}
-        {close}
-'''
+PIECE = 1024 # Elements that are put aside together
+
+def _written(lines, indent=0):
+    "Source from nested lists of lines"
+    return '\n'.join(_written(o, indent + 4) if isinstance(o, list) else ' '*indent + o for o in lines)
+
+def _on_elements(stage, codecs, at, start, n):
+    "The loop over `n` elements from `start` on"
+    def array(x, k): return f'_{x}_all = carray(elements_{k}(_at[{k}] + {start}*{codecs[k].size}), {n})'
+    def pair(x, k): return f'_{x}_pair = carray(pairs_{k}(_at[{at(codecs[k].beside[0])}] + {start}*{codecs[k].pair.bitwidth//8}), {n})'
+    def load(x, k): return f"{x} = load_{k}({', '.join([f'_{x}_all[_i]', *[f'_{x}_pair[_i]']*bool(codecs[k].pair), *[f'_{x}_by']*bool(codecs[k].begin)])})"
+    def save(x, k):
+        f = codecs[k]
+        if f.close: return [f'_{x}_new[_i] = save_{k}({x})', f'_{x}_greatest = greater(_{x}_greatest, _{x}_new[_i])']
+        return [f"_{x}_all[_i]{f', _{x}_pair[_i]' if f.pair else ''} = save_{k}({x}{', p' if f.chance else ''})"]
+    tensors = [(x, at(x)) for x in stage.tensors]
+    done = [f'_{x}_part += {x}' for x in stage.gives] if stage.sums else [l for x in stage.gives for l in save(x, at(x))] + ['_g_all[_i] = save_1(zero)']*stage.clears
+    return [*(array(x, k) for x,k in tensors), *(pair(x, k) for x,k in tensors if codecs[k].pair),
+            f'for _i in range({n}):', [*(load(x, k) for x,k in tensors), *map(with_numbers_in, stage.lines), *done]]
+
+def _on_blocks(stage, codecs, at, beside):
+    "The loop over the blocks of a piece"
+    coded = [x for x in stage.tensors if codecs[at(x)].begin]
+    new = [x for x in stage.gives if x in coded] if not stage.sums else []
+    aside = [x for x in new if codecs[at(x)].close]
+    return ['for _block in range(-(-_m//BLOCK)):',
+            ['_first, _length = _piece + _block*BLOCK, min(BLOCK, _m - _block*BLOCK)',
+             *(f'_{x}_by = begin_{at(x)}({beside(x)}, _first, _length)' for x in coded),
+             *(f'_{x}_new, _{x}_greatest = _{x}_room[_block*BLOCK:_block*BLOCK + _length], nothing' for x in aside),
+             *_on_elements(stage, codecs, at, '_first', '_length'),
+             *(f'_{x}_most[_block] = _{x}_greatest' for x in aside),
+             *(f'end_{at(x)}({beside(x)}, _first, _length)' for x in new if codecs[at(x)].end)]]
 
 def chunk_source(
     stage:Stage, # What to do
@@ -296,30 +279,22 @@ def chunk_source(
     name:str='chunk', # Name of the function
 ) -> str:
     "Source of the function that runs `stage` over consecutive elements"
-    def block(text, indent): return text.replace('\n', '\n' + ' '*indent)
-    at = {x: tensors.index(x) for x in stage.tensors}
-    piece = 512 if stage.sums else 1024 # Elements that are added up before they are doubles, or are opened together
-    opened = {x: f'_{x}, _at[{k}], ' + ''.join(f'_at[{tensors.index(n)}], ' for n in codecs[k].beside) + f'_start, min({piece}, _end - _start)' for x,k in at.items() if codecs[k].open}
-    length = '_end - _start' if stage.sums or opened else '_n'
-    def array(x, k): return f'_{x} = carray(elements_{k}(_at[{k}] + _start*{codecs[k].size}), {length})' if x not in opened else f'open_{k}({opened[x]})'
-    parts = dict(
-        name=name, piece=piece, n_tensors=len(tensors), n_scalars=len(row), n_sums=len(stage.sums),
-        scalars=block('\n'.join([f'{x} = _values[{row.index(x)}]' for x in stage.scalars] + [f'_{x} = empty({piece}, float32)' for x in opened]) or 'pass', 4),
-        arrays='\n'.join(array(x, k) for x,k in at.items()),
-        loads='\n'.join(f'{x} = load_{k}(_{x}[_i])' for x,k in at.items()),
-        lines='\n'.join(with_numbers_in(l) for l in stage.lines))
-    if not stage.sums:
-        parts.update(stores='\n'.join([f'_{x}[_i] = save_{at[x]}({x}{", p" if codecs[at[x]].chance else ""})' for x in stage.gives] + ['_g[_i] = save_1(zero)']*stage.clears))
-        if opened:
-            parts['close'] = '\n'.join(f'close_{at[x]}({opened[x]})' for x in stage.gives if x in opened) or 'pass'
-            return _pieces_source.format(**{k: block(v, 8 if k in ('arrays', 'close') else 12) if k in ('arrays', 'close', 'loads', 'lines', 'stores') else v for k,v in parts.items()})
-        return _step_source.format(**{k: block(v, 4 if k == 'arrays' else 8) if k in ('arrays', 'loads', 'lines', 'stores') else v for k,v in parts.items()})
-    sums = stage.gives
-    parts.update(
-        totals=' = '.join(f'_{x}_total' for x in sums), parts=' = '.join(f'_{x}_part' for x in sums),
-        add='\n'.join(f'_{x}_part += {x}' for x in sums), add_parts=block('\n'.join(f'_{x}_total += _{x}_part' for x in sums), 8),
-        leave=block('\n'.join(f'_sums[{k}] = _{x}_total' for k,x in enumerate(sums)), 4))
-    return _sums_source.format(**{k: block(v, 8 if k == 'arrays' else 12) if k in ('arrays', 'loads', 'lines', 'add') else v for k,v in parts.items()})
+    at = tensors.index
+    def beside(x): return ', '.join(f'_at[{at(n)}]' for n in (x, *codecs[at(x)].beside))
+    in_blocks, sums = any(codecs[at(x)].begin for x in stage.tensors), stage.gives if stage.sums else ()
+    aside, plain = [x for x in stage.gives if not sums and codecs[at(x)].close], [at(x) for x in stage.tensors if not codecs[at(x)].begin]
+    def ahead(i): return ''.join(f'(_at[{k}] + (_piece + {PIECE})*{codecs[k].size}, {codecs[k].size}), ' for k in plain[i::len(aside)]) or '(0, 0), '
+    on_pieces = [f'for _piece in range(_start, _start + _n, {BLOCK if sums else PIECE}):',
+                 [f'_m = min({BLOCK if sums else PIECE}, _start + _n - _piece)', *(f'_{x}_part = zero' for x in sums),
+                  *(_on_blocks(stage, codecs, at, beside) if in_blocks else _on_elements(stage, codecs, at, '_piece', '_m')),
+                  *(f'_{x}_total += _{x}_part' for x in sums),
+                  *(f'close_{at(x)}(_{x}_room, _{x}_most, {beside(x)}, _piece, _m, ({ahead(i)}))' for i,x in enumerate(aside))]]
+    return _written(['', f'def {name}(_tensors, _start, _n, _row, _out):',
+                     [f'_at, _values = carray(i64_ptr(_tensors), {len(tensors)}), carray(scalars_at(_row), {len(row)})',
+                      *(f'{x} = _values[{row.index(x)}]' for x in stage.scalars),
+                      *(f'_{x}_room, _{x}_most = empty({PIECE}, float32), empty({PIECE//BLOCK}, uint32)' for x in aside), *(f'_{x}_total = 0.' for x in sums),
+                      *(on_pieces if sums or in_blocks else _on_elements(stage, codecs, at, '_start', '_n')),
+                      *([f'_sums = carray(f64_ptr(_out), {len(sums)})'] if sums else []), *(f'_sums[{k}] = _{x}_total' for k,x in enumerate(sums))]]) + '\n'
 
 # %% ../../nbs/optimizer.cpu.ipynb #37b031da
 @lru_cache(None)
@@ -355,8 +330,8 @@ def compiled(
     name = f"{stage.name}_{'_'.join(dict.fromkeys(dtypes))}_{digest}"
     math = math_in(real)
     env = {**math, **{n: compile_function(f, math, _inner) for n,f in stage.functions.items()},
-           **{f'{what}_{k}': x for k,f in enumerate(codecs) if f for what,x in zip(('load', 'save', 'open', 'close', 'elements'), (*_in(f, real), f.open, f.close, _elements(f.store)))},
-           **dict(empty=np.empty, float32=np.float32, carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr, scalars_at=_elements(numba.from_dtype(np.dtype(real))), zero=real(0), __name__=__name__)}
+           **{f'{what}_{k}': x for k,f in enumerate(codecs) if f for what,x in zip(('load', 'save', 'begin', 'end', 'close', 'elements', 'pairs'), (*_in(f, real), f.begin, f.end, f.close, _elements(f.store), f.pair and _elements(f.pair)))},
+           **dict(BLOCK=BLOCK, greater=greater, nothing=_no_bits, empty=np.empty, float32=np.float32, uint32=np.uint32, carray=carray, i64_ptr=i64_ptr, f64_ptr=f64_ptr, scalars_at=_elements(numba.from_dtype(np.dtype(real))), zero=real(0), __name__=__name__)}
     exec(compile(chunk_source(stage, codecs, tensors, row, name), __file__, 'exec'), env)
     fastmath = {'contract', 'reassoc'} if stage.sums else {'contract'}
     return with_cache(lambda cache: cfunc(types.void(*[i64]*5), cache=cache, error_model='numpy', fastmath=fastmath)(env[name]))
@@ -373,8 +348,8 @@ def _in(fmt, real):
     "How a tensor is loaded and saved where all is computed in `real`"
     if (fmt.compute == types.float64) == (real is np.float64): return fmt.load, fmt.save
     load, save = fmt.load, fmt.save
-    own = partial(told_apart, what=f'{fmt.dtype}_{fmt.store}_{fmt.chance}')
-    def load_as(x): return real(load(x))
+    own = partial(told_apart, what=f'{fmt.dtype}_{fmt.store}_{fmt.pair}_{fmt.chance}')
+    def load_as(*xs): return real(load(*xs))
     def save_as(x): return save(np.float32(x))
     def save_with(x, p): return save(np.float32(x), np.float32(p))
     return _inner(own(load_as)), _inner(own(save_with if fmt.chance else save_as))

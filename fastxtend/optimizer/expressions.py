@@ -179,14 +179,16 @@ def _overwrite(ts, new):
     else:
         for t,x in zip(ts, new): t.copy_(x)
 
-def _norm(order):
-    def run(free, ts): return torch._foreach_norm(ts, order)
-    return run
+def _norm(free, ts): return torch._foreach_norm(ts)
+
+def _length(free, ts):
+    "The sum of sizes. On a CPU, PyTorch's norm of a large tensor is slower than its sum, and less exact"
+    return [t.abs().sum() for t in ts] if one_by_one(ts) else torch._foreach_norm(ts, 1)
 
 def _dot(free, a, b): return [(x*y).sum() if is_sharded(x) or not (x.is_contiguous() and y.is_contiguous()) else torch.dot(x.view(-1), y.view(-1)) for x,y in zip(a, b)]
 
 OPS = {**_calls, **dict(scaled=_with_operand('mul'), shifted=_with_operand('add'), add=_add, where=_each(torch.where), pick=_pick, filled=_each(torch.full_like),
-           clone=_each(Tensor.clone), norm=_norm(2), length=_norm(1), dot=_dot, total=_each(Tensor.sum), **{n: _each(getattr(torch, n)) for n in ('gt', 'lt', 'ge', 'le')})}
+           clone=_each(Tensor.clone), norm=_norm, length=_length, dot=_dot, total=_each(Tensor.sum), **{n: _each(getattr(torch, n)) for n in ('gt', 'lt', 'ge', 'le')})}
 
 multiply_, add_scaled_ = partial(OPS['scaled'], True), partial(OPS['add'], True) # as steps that are written by hand have them
 
