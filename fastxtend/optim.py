@@ -20,7 +20,7 @@ from .optimizer.attach import read_together, unscaling
 from .optimizer.batch import as_number, check_params, describe
 from .optimizer.core import check_k, flags_on, in_full
 from .optimizer.declare import STORED, backend_of, build
-from .optimizer.formats import EXACT
+from .optimizer.formats import BESIDE_WEIGHTS
 from .optimizer.fused import RADAM_SCALARS, adam_step, momentum_step, sgd_step
 from .optimizer.kernels import check_numba
 from .optimizer.nadam import nadam_step
@@ -191,7 +191,7 @@ def renamed(
 
 # %% ../nbs/optim.ipynb #dba83f73
 REFUSED = 'differentiable', 'capturable' # Options of `torch.optim` that have to be off
-LOST_BITS = EXACT.names('p') # Names in the state of what keeps exact weights
+LOST_BITS = BESIDE_WEIGHTS # Names in the state of what belongs to weights
 STRUCTURE = 'momentum', 'dampening' # Numbers for which it matters whether they are zero
 WAYS = 'foreach', 'fused', *STORED # How it steps, and how tensors are kept, which `torch.optim` leaves no choice of
 
@@ -297,7 +297,7 @@ def make_engine(self:TorchStyle,
             if n in column.inner: s.setdefault(n, 1) # not the first step
         if engine.slot_dtype is not None:
             for n in [n for n in engine.own_slots if n in s]: s.update(engine._loaded_slot(p, n, s[n], s))
-    if engine.own_slots or numbers or engine.exact: engine.state = state # else nothing is kept
+    if engine.own_slots or numbers or engine.weights: engine.state = state # else nothing is kept
     if any(c.carried for c in engine.compositions()): engine.carried = group.setdefault('carried', {})
     return engine
 
@@ -432,7 +432,7 @@ def load_state_dict(self:TorchStyle,
     "Load what was saved, or raise and change nothing. PyTorch casts state to the dtype of the parameter, so that of exact weights is put back"
     torch.optim.Optimizer.load_state_dict(self, state_dict)
     saved = [state_dict['state'].get(i, {}) for g in state_dict['param_groups'] for i in g['params']]
-    for (p,exact),s in zip([(p, g['weights'] == 'exact') for g in self.param_groups for p in g['params']], saved):
+    for (p,exact),s in zip([(p, g['weights'] is not None) for g in self.param_groups for p in g['params']], saved):
         if exact: self.__dict__['state'][p].update({n: v.to(p.device, copy=True) for n,v in s.items() if torch.is_tensor(v)})
 
 @patch
@@ -449,7 +449,7 @@ def check_state(self:TorchStyle,
             s = state.get(p)
             if not s: continue
             slots, keeps = kept(flags_on(spec.flags, p, {}))
-            for n in sorted(set(s) - keeps - set(LOST_BITS if group['weights'] == 'exact' else ())): raise ValueError(f"The saved state is of another optimizer: it has '{n}', which {name}, with the options of its group, does not keep")
+            for n in sorted(set(s) - keeps - set(LOST_BITS if group['weights'] is not None else ())): raise ValueError(f"The saved state is of another optimizer: it has '{n}', which {name}, with the options of its group, does not keep")
             for n in sorted(keeps - set(s) - set(self.column.inner)): raise ValueError(f"The saved state is of another optimizer: it has no '{n}', which {name} keeps")
             for n in slots:
                 if torch.is_tensor(s[n]) and s[n].shape != p.shape: raise ValueError(f"The saved '{n}' of a parameter of {describe(p)} is {describe(s[n])}: is it the state of another model?")

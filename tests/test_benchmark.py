@@ -104,7 +104,7 @@ def test_race_has_bounds():
 def test_bytes(name, moved, dtype): assert bytes_per_parameter(name, dtype) == pytest.approx(moved*dtype.itemsize)
 
 @pytest.mark.skipif(error_of('cpu') is not None, reason="of kernels for CPUs")
-@pytest.mark.parametrize('name,formats,moved', [('Adam', dict(state='bfloat16'), 12 + 4*2), ('Adam', dict(state='int8'), 12 + 4*(1 + 4/128)), ('Adam', dict(weights='exact'), 2 + 2*(4 + 4/128) + 4*4),
+@pytest.mark.parametrize('name,formats,moved', [('Adam', dict(state='bfloat16'), 12 + 4*2), ('Adam', dict(state='int8'), 12 + 4*(1 + 4/128)), ('Adam', dict(weights='exact'), 2 + 2*(4 + 4/128) + 4*4), ('Adam', dict(weights='near'), 2 + 2*(3 + 4/128) + 4*4), ('Adam', dict(weights='stochastic'), 2 + 2*(2 + 4/128) + 4*4),
                                                 ('Lamb', dict(state='int8'), 12 + 4*(1 + 4/128) + 8 + 2*(1 + 4/128)), ('AdEMAMix', dict(state='int8'), 12 + 2*4 + 4*(1 + 4/128))])
 def test_bytes_of_formats(name, formats, moved):
     assert bytes_per_parameter(name, torch.bfloat16 if 'weights' in formats else torch.float32, **formats) == pytest.approx(moved)
@@ -115,7 +115,7 @@ def test_formats_are_contestants():
     contest = Contest('3x5000', 'Adam', ['fused', *(f'fused_{n}' for n in steps.FORMATS)])
     built = {n: step.__self__ for n,step in contest.build().items()}
     ps = {n: o.param_lists[0][0] for n,o in built.items()}
-    assert {n: p.dtype for n,p in ps.items()} == {n: torch.bfloat16 if 'exact' in n else torch.float32 for n in ps}
+    assert {n: p.dtype for n,p in ps.items()} == {n: torch.bfloat16 if 'weights' in steps.CONTESTANTS[n].formats else torch.float32 for n in ps}
     assert torch.equal(ps['fused_exact'], ps['fused'].bfloat16()) and torch.equal(ps['fused_exact'].grad, ps['fused'].grad.bfloat16())
     for r in contest.run(0): assert r.gb_s == pytest.approx(bytes_per_parameter('Adam', getattr(torch, r.dtype), **steps.CONTESTANTS[r.backend].formats)*15000/r.ms/1e6)
 

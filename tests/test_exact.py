@@ -1,11 +1,12 @@
-"`weights='exact'`: bfloat16 parameters and the bits that they lose are, together, the float32 weights of a training in float32, bit for bit"
+"""`weights='exact'`: bfloat16 parameters and the bits that they lose are, together, the float32 weights of a training in float32, bit for bit.
+`weights='near'` and `weights='stochastic'`: the same weights, rounded after each step"""
 
 import pytest
 
 from common import *
 
 from fastxtend.optimizer.attach import Attachment, average_weights, clear_gradients, clip_gradients
-from fastxtend.optimizer.formats import BLOCK, EXACT, LOST, STAMPS
+from fastxtend.optimizer.formats import BLOCK, EXACT, LOST, STAMPS, WEIGHTS
 from fastxtend.optimizer.modifiers import cautious, cautious_decay, lookahead
 
 on_cpu = pytest.mark.skipif(INTERPRETS, reason="of the kernels for CPUs")
@@ -14,13 +15,13 @@ LAID = {**SMALL, 'many': (30, 37)}
 
 def rounded(shapes=LAID, seed=0): return [p.bfloat16() for p in make_params(shapes, seed=seed)]
 
-def pair(name, shapes=LAID, **kwargs):
+def pair(name, shapes=LAID, weights='exact', **kwargs):
     "The optimizer on bfloat16 parameters with lost bits, and on float32 ones"
     params = rounded(shapes)
     make = name if callable(name) else constructor(name)
     full = [p.float() for p in params]
     for q in full: q.grad_dtype = torch.bfloat16 # which product of two is part of a fused multiply-add depends on the dtypes
-    return make(params, lr=.01, fused=True, weights='exact', **kwargs), params, make(full, lr=.01, fused=True, **kwargs), full
+    return make(params, lr=.01, fused=True, weights=weights, **kwargs), params, make(full, lr=.01, fused=True, **kwargs), full
 
 def grads(steps, shapes=LAID): return [[g.bfloat16() for g in gs] for gs in make_grads(tuple(shapes.values()), steps=steps)]
 
@@ -49,6 +50,44 @@ def test_equals_float32(name):
     assert_equal(*both)
     assert backends(opt) == {'numba'}
     assert any((opt.state[p][LOST] != 0).any() for p in params)
+
+class Rounding:
+    "What `weights` does to float32 weights after each step, in plain PyTorch"
+    def __init__(self, weights, params): self.fmt, self.params, self.kept = WEIGHTS[weights], deepcopy(params), [WEIGHTS[weights].start(p) for p in params]
+    def __call__(self, full):
+        for q,p,kept in zip(full, self.params, self.kept):
+            self.fmt.split(q.detach(), p, *kept)
+            q.data.copy_(self.fmt.join(p, *kept))
+
+def assert_rounded(opt, params, other, full, rounding):
+    for p,q,r,kept in zip(params, full, rounding.params, rounding.kept):
+        assert torch.equal(p, r) and torch.equal(opt.weights_of(p), q)
+        for n,t in zip(rounding.fmt.names('p'), kept): assert torch.equal(opt.state[p][n], t), n
+        for k,v in other.state[q].items(): assert torch.equal(opt.state[p][k], v) if isinstance(v, Tensor) else opt.state[p][k] == v, k
+
+@on_cpu
+@pytest.mark.parametrize('weights', ('near', 'stochastic'))
+@pytest.mark.parametrize('name', NAMES if SOAK else ('SGD', 'Lamb', 'Ranger', 'Lion', 'ScheduleFreeAdam'))
+def test_equals_float32_that_is_rounded(name, weights):
+    both = opt, params, other, full = pair(name, weights=weights, wd=.1)
+    rounding = Rounding(weights, params)
+    for gs in grads(20):
+        step_both(*both, gs)
+        rounding(full)
+    assert_rounded(*both, rounding)
+    assert backends(opt) == {'numba'}
+
+@on_cpu
+def test_steps_that_bfloat16_cannot_hold():
+    "They come to what they should on average, again and again in the same way; rounded to nearest, nothing moves"
+    def moved(**kwargs):
+        p = torch.ones(200*BLOCK, dtype=torch.bfloat16)
+        opt = constructor('SGD')([p], 1e-4, mom=0., fused=True, **kwargs)
+        for _ in range(100): step_with(opt, [p], [torch.ones_like(p)])
+        return p
+    p = moved(weights='stochastic')
+    assert abs(float((1 - p.float()).mean()) - .01) < 2e-4 and p.unique().numel() > 3
+    assert torch.equal(p, moved(weights='stochastic')) and torch.equal(moved(), torch.ones_like(p))
 
 @on_cpu
 @pytest.mark.parametrize('modify', [cautious, cautious_decay, lookahead], ids=lambda f: f.__name__)
@@ -183,10 +222,10 @@ def test_twice_in_a_list_and_tied():
     assert_equal(*both)
 
 @on_cpu
-@pytest.mark.parametrize('name,expected', [('SGD', 6), ('Adam', 14), ('AdEMAMix', 18)])
-def test_bytes_of_a_parameter(name, expected):
-    "Weights, gradients, lost bits, state; and a stamp a block"
-    opt, params, _, _ = pair(name, dict(a=(40, 128), b=(3*BLOCK,)))
+@pytest.mark.parametrize('name,weights,expected', [('SGD', 'exact', 6), ('Adam', 'exact', 14), ('AdEMAMix', 'exact', 18), ('Adam', 'near', 13), ('Adam', 'stochastic', 12)])
+def test_bytes_of_a_parameter(name, weights, expected):
+    "Weights, gradients, lost bits, state; and a stamp or count a block"
+    opt, params, _, _ = pair(name, dict(a=(40, 128), b=(3*BLOCK,)), weights)
     for p in params: p.grad = torch.ones_like(p)
     opt.step()
     n = sum(p.numel() for p in params)
@@ -196,17 +235,17 @@ def test_bytes_of_a_parameter(name, expected):
 # --- Checkpoints
 
 @on_cpu
-@pytest.mark.parametrize('name', ('Adam', 'Ranger', 'ScheduleFreeAdam'))
-def test_resumes_bit_for_bit(name):
+@pytest.mark.parametrize('name,weights', [('Adam', 'exact'), ('Ranger', 'exact'), ('ScheduleFreeAdam', 'exact'), ('Adam', 'near'), ('Adam', 'stochastic')])
+def test_resumes_bit_for_bit(name, weights):
     "In either order of weights and state; of other weights, nothing is taken to be lost"
-    opt, params, _, _ = pair(name)
+    opt, params, _, _ = pair(name, weights=weights)
     for gs in grads(9)[:4]: step_with(opt, params, gs)
-    sd, weights = saved_and_loaded(opt.state_dict()), saved_and_loaded([p.detach() for p in params])
+    sd, saved = saved_and_loaded(opt.state_dict()), saved_and_loaded([p.detach() for p in params])
     fresh = [torch.zeros_like(p) for p in params]
-    again = constructor(name)(fresh, .01, fused=True, weights='exact')
+    again = constructor(name)(fresh, .01, fused=True, weights=weights)
     again.load_state_dict(sd)
     for p in fresh: assert torch.equal(again.weights_of(p), p.float()) # they are others
-    for p,w in zip(fresh, weights): p.data.copy_(w)
+    for p,w in zip(fresh, saved): p.data.copy_(w)
     for p,q in zip(params, fresh): assert torch.equal(opt.weights_of(p), again.weights_of(q))
     for gs in grads(9)[4:]:
         for o,ps in ((opt, params), (again, fresh)): step_with(o, ps, gs)
@@ -230,6 +269,18 @@ def test_checkpoints_both_ways(other):
     ps = list(back.all_params(with_grad=False).itemgot(0))
     for p in ps: assert torch.equal(back.weights_of(p), p.float())
     step_with(back, ps, grads(4)[1])
+
+@on_cpu
+def test_checkpoints_between_weights():
+    "What belongs to weights in another format is left where it is"
+    for a,b in [(a, b) for a in WEIGHTS for b in WEIGHTS if a != b]:
+        opt, params, _, _ = pair('Adam', weights=a)
+        for gs in grads(3): step_with(opt, params, gs)
+        again = constructor('Adam')([p.clone() for p in params], .01, fused=True, weights=b)
+        again.load_state_dict(saved_and_loaded(opt.state_dict()))
+        ps = list(again.all_params(with_grad=False).itemgot(0))
+        for p,q in zip(params, ps): assert torch.equal(again.weights_of(q), p.float()) and torch.equal(again.state[q]['grad_avg'], opt.state[p]['grad_avg'])
+        step_with(again, ps, grads(1)[0])
 
 @on_cpu
 def test_lost_bits_of_another_model():
@@ -264,7 +315,7 @@ def test_sharded_parameters_are_refused(formats):
 @on_cpu
 def test_interpreted():
     if not has_triton(): pytest.skip("the kernels need Triton 3.5 or later")
-    assert '3 passed' in run_interpreted(__file__, '-k', 'on_gpus')
+    assert '5 passed' in run_interpreted(__file__, '-k', 'on_gpus')
 
 @pytest.mark.skipif(not INTERPRETS, reason="run by test_interpreted")
 @pytest.mark.parametrize('name', ('Adam', 'Lamb', 'Ranger'))
@@ -277,4 +328,16 @@ def test_on_gpus(name, on_cpu_tensors):
             full[3].data.copy_(opt.weights_of(params[3]))
         step_both(*both, gs)
         if t < 6 or name != 'Ranger': assert_equal(*both)
+    assert backends(opt) == {'triton'}
+
+@pytest.mark.skipif(not INTERPRETS, reason="run by test_interpreted")
+@pytest.mark.parametrize('weights', ('near', 'stochastic'))
+def test_rounded_on_gpus(weights, on_cpu_tensors):
+    shapes = dict(matrix=(5, 7), empty=(0,), many=(33, 40), whole=(2048,))
+    both = opt, params, other, full = pair('Adam', shapes, weights)
+    rounding = Rounding(weights, params)
+    for gs in grads(5, shapes):
+        step_both(*both, gs)
+        rounding(full)
+    assert_rounded(*both, rounding)
     assert backends(opt) == {'triton'}

@@ -212,7 +212,7 @@ def step_report(
     return '\n'.join([*parts, *_left_out(skipped)])
 
 # %% ../../nbs/benchmark.report.ipynb #cbf95fd2
-COLORS = dict(native='#7f7f7f', foreach='#1f77b4', jit='#2ca02c', fused='#d62728', fused_bfloat16='#9467bd', fused_int8='#8c564b', fused_exact='#e377c2', fused_exact_int8='#17becf', torch_loop='#c7c7c7', torch_foreach='#aec7e8',
+COLORS = dict(native='#7f7f7f', foreach='#1f77b4', jit='#2ca02c', fused='#d62728', fused_bfloat16='#9467bd', fused_int8='#8c564b', fused_exact='#e377c2', fused_near='#f0a6d8', fused_stochastic='#bcbd22', fused_exact_int8='#17becf', torch_loop='#c7c7c7', torch_foreach='#aec7e8',
               torch_fused='#ff9896', torch_compiled='#c5b0d5', optimi='#ffbb78', timm='#c49c94',
               lion_pytorch='#c7c7c7', pytorch_optimizer='#dbdb8d', schedulefree='#9edae5', prodigyopt='#f7b6d2', heavyball='#9c9ede', bitsandbytes='#393b79', torchao='#637939')
 

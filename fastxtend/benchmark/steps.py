@@ -59,7 +59,7 @@ def _sizes(optimizer, dtype, formats):
     p = torch.empty(COARSE, dtype=dtype)
     opt = OPTIMIZERS[optimizer].constructor([p], LR, **hypers_of(optimizer), fused=True, **formats)
     kept = {'p': dtype, 'g': dtype, **{n: opt.dtype_of(p, n, s) for n,s in opt.own_slots.items()}}
-    stored = {n: format_of(n, d, dtype, opt.is_exact(p)) for n,d in kept.items()}
+    stored = {n: format_of(n, d, dtype, opt.weights if opt.in_format(p) else None) for n,d in kept.items()}
     return {n: d.itemsize + (sum(t.nbytes for t in stored[n].start(p))/p.numel() if stored[n] else 0) for n,d in kept.items()}
 
 def bytes_per_parameter(
@@ -216,7 +216,7 @@ class Contestant:
     formats:dict=field(default_factory=dict) # How tensors are kept, if not in the dtype of the parameters
     dtype:torch.dtype=None # Of its parameters and gradients, if not that of the contest
 
-FORMATS = dict(bfloat16=dict(state='bfloat16'), int8=dict(state='int8'), exact=dict(weights='exact'), exact_int8=dict(weights='exact', state='int8'))
+FORMATS = dict(bfloat16=dict(state='bfloat16'), int8=dict(state='int8'), exact=dict(weights='exact'), near=dict(weights='near'), stochastic=dict(weights='stochastic'), exact_int8=dict(weights='exact', state='int8'))
 
 CONTESTANTS = {o.name: o for o in (
     Contestant('native',         _ours()),

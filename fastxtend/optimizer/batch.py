@@ -13,7 +13,7 @@ from operator import attrgetter
 import numpy as np, torch
 from torch import Tensor
 
-from .formats import CHANCE, LOST, NOTHING, ROOTS, Format, format_of
+from .formats import BESIDE_WEIGHTS, CHANCE, NOTHING, ROOTS, Format, format_of, weights_format
 from .probe import is_dense, is_sharded, sharing_memory
 from .steppers import Composition
 
@@ -91,7 +91,8 @@ class Batch:
     ) -> tuple[Format|None, list]: # Its format, and the tensor with those beside it; no format if there are none
         "How a tensor is stored"
         t = self.named()[name][i]
-        fmt = format_of(name, t.dtype, self.params[i].dtype, LOST in self.beside and self.beside[LOST][i] is not NOTHING)
+        kept = {n: self.beside[n][i].dtype for n in BESIDE_WEIGHTS if n in self.beside and self.beside[n][i] is not NOTHING}
+        fmt = format_of(name, t.dtype, self.params[i].dtype, weights_format(kept))
         return fmt, [t, *(self.beside[n][i] for n in fmt.names(name)), *([self.read('p', i)] if fmt is CHANCE else [])] if fmt else [t]
 
     def read(self, name, i) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attach import same_objects, sums_only
 from .batch import RANGES, Batch, as_number, check_batch, check_hyper, check_params, check_tensors, copy_like, describe, fields_of, lay_out, no_such, shards
-from .formats import EXACT, NOTHING, ROOTS
+from .formats import BESIDE_WEIGHTS, NOTHING, ROOTS, WEIGHTS, weights_format
 from .plan import Engine, Plan, expected, look, make_plan, meet, run
 from .probe import STRIDES, Probe, is_sharded, sharing_memory
 from .report import Report, bytes_of, formats, row_of, tensors_in
@@ -225,10 +225,13 @@ class FastOptimizer(Optimizer):
     def engine(self) -> Engine: "What runs everything that no kernel runs"; raise NotImplementedError
 
     slot_dtype = None # Of state tensors, if it is not that of their parameters
-    exact = False # Are the bits kept that bfloat16 parameters lose?
+    kept_weights = None # One of `WEIGHTS`, if bfloat16 parameters are not only rounded
 
     @property
-    def stores(self): "Is there a format that takes more than one tensor?"; return self.exact or self.slot_dtype == torch.int8
+    def weights(self): "`Format` of these parameters"; return WEIGHTS.get(self.kept_weights)
+
+    @property
+    def stores(self): "Is there a format that takes more than one tensor?"; return self.weights is not None or self.slot_dtype == torch.int8
 
     def dtype_of(self,
         p:Tensor, # A parameter
@@ -236,17 +239,17 @@ class FastOptimizer(Optimizer):
         slot:Slot, # What it is
     ) -> torch.dtype:
         "What the slot is kept in. Weights stay as exact as their parameter, and what is lent is not ours"
-        own = torch.float32 if self.is_exact(p) else p.dtype
+        own = torch.float32 if self.in_format(p) else p.dtype
         if self.slot_dtype is None or slot.start == 'p' or slot.lent: return own
         if self.slot_dtype != torch.int8: return self.slot_dtype
         if p.numel() < COARSE or name in self.spec.fine: return own
         return torch.int8 if slot.signed else torch.uint8
 
-    def is_exact(self,
+    def in_format(self,
         p:Tensor, # A parameter
     ) -> bool:
-        "Are the bits kept that it loses?"
-        return self.exact and p.dtype == torch.bfloat16
+        "Is it more than rounded?"
+        return self.weights is not None and p.dtype == torch.bfloat16
 
     kernels = None # From the code of a device to an engine with kernels, if these are asked for
 
@@ -341,14 +344,14 @@ def beside(self:FastOptimizer,
 ) -> dict: # Name to a list of tensors
     "What formats keep beside the tensors of `params`. `NotImplementedError` if they cannot"
     if any(map(is_sharded, params)): raise NotImplementedError(ONLY_WHOLE)
-    res, exact = {}, [self.is_exact(p) for p in params]
-    if any(exact): res = {n: [s.get(n) if e else NOTHING for s,e in zip(states, exact)] for n in EXACT.names('p')}
+    res, kept = {}, [self.in_format(p) for p in params]
+    if any(kept): res = {n: [s.get(n) if k else NOTHING for s,k in zip(states, kept)] for n in self.weights.names('p')}
     for name in self.own_slots:
         formats = [ROOTS.get(s[name].dtype) if isinstance(s.get(name), Tensor) else None for s in states]
         for n in SIGNED.names(name) if any(formats) else (): res[n] = [s.get(n) if f else NOTHING for s,f in zip(states, formats)]
     return res
 
-ONLY_WHOLE = "`weights='exact'` and `state='int8'` work on parameters that are whole, and these are sharded (`DTensor`): use `state='bfloat16'`, or neither"
+ONLY_WHOLE = "`weights` and `state='int8'` work on parameters that are whole, and these are sharded (`DTensor`): use `state='bfloat16'`, or neither"
 COARSE = 2**12 # Elements of a parameter from which on state may be kept in 8 bits
 SIGNED = ROOTS[torch.int8]
 
@@ -399,7 +402,7 @@ def init_slots(self:FastOptimizer,
     batch:Batch, # Parameters about to step
 ):
     "Create the slots that are missing, and what is beside them"
-    if self.exact: self.init_exact(batch)
+    if self.weights: self.init_weights(batch)
     for name,ts in batch.slots.items():
         if not any(t is None for t in ts): continue
         slot = batch.composition.slots[name]
@@ -420,13 +423,13 @@ def start_of(self:FastOptimizer,
     return _start(slot.start, self.weights_of(p) if slot.start == 'p' else p, self.dtype_of(p, name, slot))
 
 @patch
-def init_exact(self:FastOptimizer,
+def init_weights(self:FastOptimizer,
     batch:Batch, # Parameters about to step
 ):
-    "Begin to keep lost bits: anew if the parameter has another shape now, and on its device"
+    "Begin to keep what belongs to weights: anew if the parameter has another shape now, and on its device"
     for p,state in zip(batch.params, batch.states):
-        if not self.is_exact(p): continue
-        start = EXACT.fresh('p', p)
+        if not self.in_format(p): continue
+        start = self.weights.fresh('p', p)
         fits = all(isinstance(state.get(n), Tensor) and state[n].shape == t.shape and state[n].dtype == t.dtype for n,t in start.items())
         state.update({n: state[n].to(p.device) for n in start} if fits else start)
 
@@ -448,18 +451,18 @@ def weights_of(self:FastOptimizer,
     p:Tensor, # A parameter
 ) -> Tensor: # `p` itself if it loses nothing
     "What is stepped: with `weights='exact'` the float32 number that a bfloat16 parameter and its lost bits are together"
-    if not self.is_exact(p): return p
-    kept = [self.state[p].get(n) for n in EXACT.names('p')] if p in self.state else [None]
-    return p.detach().float() if any(t is None for t in kept) else EXACT.join(p, *kept)
+    if not self.in_format(p): return p
+    kept = [self.state[p].get(n) for n in self.weights.names('p')] if p in self.state else [None]
+    return p.detach().float() if any(t is None for t in kept) else self.weights.join(p, *kept)
 
 @patch
 def write_weights(self:FastOptimizer,
     p:Tensor, # A parameter
     x:Tensor, # Its new value
 ):
-    "Write a parameter, and the bits that it loses"
-    if not self.is_exact(p): return p.data.copy_(x)
-    EXACT.split(x, p, *(self.state[p].setdefault(n, t) for n,t in EXACT.fresh('p', p).items()))
+    "Write a parameter, and what belongs to it"
+    if not self.in_format(p): return p.data.copy_(x)
+    self.weights.split(x, p, *(self.state[p].setdefault(n, t) for n,t in self.weights.fresh('p', p).items()))
 
 @patch
 def plan(self:FastOptimizer,
@@ -546,7 +549,7 @@ def expected_state(self:FastOptimizer,
     like = torch.empty_like(p.to_local() if is_sharded(p) else p, device='meta', requires_grad=False)
     slots = {n: torch.empty_like(like, dtype=self.dtype_of(p, n, s)) for n,s in self.slots_of(p).items()}
     beside = {k: v for n,t in slots.items() if t.dtype in ROOTS for k,v in ROOTS[t.dtype].fresh(n, t).items()}
-    return {**(EXACT.fresh('p', like) if self.is_exact(p) else {}), **slots, **beside}
+    return {**(self.weights.fresh('p', like) if self.in_format(p) else {}), **slots, **beside}
 
 @patch
 def backend_report(self:FastOptimizer) -> Report:
@@ -662,7 +665,7 @@ def in_full(
     state:dict, # Of a parameter
 ) -> dict:
     "The state without formats"
-    beside = {*EXACT.names('p'), *_beside_slots(state)}
+    beside = {*BESIDE_WEIGHTS, *_beside_slots(state)}
     def read(k, v):
         fmt = ROOTS.get(getattr(v, 'dtype', None))
         return fmt.join(v, *(state[n] for n in fmt.names(k))) if fmt else v
@@ -699,10 +702,16 @@ def loaded(self:FastOptimizer,
         state[p] = {}
         for k,v in saved.items():
             if k in self.own_slots: state[p].update(self._loaded_slot(p, k, v, saved))
-            elif k in EXACT.names('p'):
-                if self.is_exact(p): state[p][k] = _same_shape(p, k, v, EXACT.fresh('p', p)[k])
+            elif k in BESIDE_WEIGHTS:
+                if self._belongs(p, k, saved): state[p][k] = _same_shape(p, k, v, self.weights.fresh('p', p)[k])
             elif k not in _beside_slots(saved): state[p][k] = self._loaded_item(p, k, v)
     return state, L(dict(h) for h in sd['hypers'])
+
+@patch
+def _belongs(self:FastOptimizer, p, name, saved):
+    "Is what was saved as `name` of the format that the weights have here?"
+    saved_as = weights_format({n: getattr(saved.get(n), 'dtype', None) for n in BESIDE_WEIGHTS})
+    return self.in_format(p) and name in self.weights.beside and saved_as in (self.weights, None)
 
 def _beside_slots(saved):
     "Names of what was kept beside slots in 8 bits"
@@ -809,7 +818,7 @@ class LookaheadMixin:
         slow = sd['slow_weights']
         if slow is not None:
             if list(map(len, slow)) != list(map(len, self.param_lists)): raise ValueError("The saved 'slow_weights' are of another model")
-            slow = L(L(copy_like(p, 'slow_weights', s, torch.float32 if self.is_exact(p) else None) for p,s in zip(pg, slow_pg)) for pg,slow_pg in zip(self.param_lists, slow))
+            slow = L(L(copy_like(p, 'slow_weights', s, torch.float32 if self.in_format(p) else None) for p,s in zip(pg, slow_pg)) for pg,slow_pg in zip(self.param_lists, slow))
         if not isinstance(sd['count'], int) or sd['count'] < 0: raise ValueError(f"The saved 'count' is a number of steps, and cannot be {sd['count']!r}")
         super().load_state_dict(sd)
         self.count, self.slow_weights = sd['count'], slow

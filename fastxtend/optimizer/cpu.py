@@ -16,7 +16,7 @@ from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
 from . import formats
-from .formats import BLOCK, LOST, MIX_1, MIX_2, SMALLEST, format_of, least_of, most_of, top_of
+from .formats import BLOCK, MIX_1, MIX_2, SMALLEST, format_of, least_of, most_of, top_of, weights_format
 from .lists import HostWork, fold_late, needs_late
 from .plan import Engine
 from .pointers import address_of, c_function, f64_ptr, i64, i64_ptr, pointer_to, with_cache
@@ -24,10 +24,11 @@ from .probe import DTYPES, Probe
 from .steppers import Stage, called_by, compile_function, with_numbers_in
 
 # %% auto #0
-__all__ = ['CODECS', 'PIECE', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float', 'float_to_bits', 'prefetch',
-           'told_apart', 'bfloat_to_float', 'float_to_bfloat', 'float_to_either', 'same', 'Codec', 'begin_exact',
-           'end_exact', 'load_exact', 'save_exact', 'greater', 'root_codec', 'codecs_of', 'chunk_source', 'math_in',
-           'compiled', 'real_of', 'driver', 'drive', 'Tables', 'NumbaEngine', 'engine', 'Prepared', 'NumbaWork']
+__all__ = ['add_bits', 'shift_down', 'CODECS', 'PIECE', 'CHUNK', 'SERIAL', 'half_to_float', 'float_to_half', 'bits_to_float',
+           'float_to_bits', 'prefetch', 'told_apart', 'bfloat_to_float', 'float_to_bfloat', 'float_to_either', 'same',
+           'Codec', 'begin_exact', 'end_exact', 'lost_codec', 'begin_rounds', 'end_rounds', 'load_upper',
+           'save_stochastic', 'greater', 'root_codec', 'codecs_of', 'chunk_source', 'math_in', 'compiled', 'real_of',
+           'driver', 'drive', 'Tables', 'NumbaEngine', 'engine', 'Prepared', 'NumbaWork']
 
 # %% ../../nbs/optimizer.cpu.ipynb #034c452c
 @intrinsic
@@ -53,6 +54,15 @@ def float_to_bits(typingctx, x):
     "32 bits of a float32"
     def codegen(context, builder, sig, args): return builder.bitcast(args[0], ir.IntType(32))
     return types.uint32(types.float32), codegen
+
+def _on_bits(operation):
+    @intrinsic
+    def f(typingctx, a, b):
+        def codegen(context, builder, sig, args): return getattr(builder, operation)(*args)
+        return types.uint32(types.uint32, types.uint32), codegen
+    return f
+
+add_bits, shift_down = map(_on_bits, ('add', 'lshr')) # Numba's own operators give 64 bits
 
 @intrinsic
 def prefetch(typingctx, at):
@@ -92,12 +102,13 @@ def _mixed(x):
     return np.uint32(np.uint32(x ^ (x >> np.uint32(15)))*_mix_2)
 
 @_inner
+def _upper(x, bits, hashed): return np.uint16(np.uint32(0x7fc0) if x != x else np.uint32(bits + np.uint32(hashed >> np.uint32(16))) >> np.uint32(16))
+
+@_inner
 def float_to_either(x, p):
     "One of the neighbours, by chance"
     bits = float_to_bits(x)
-    chance = np.uint32(_mixed(float_to_bits(p)) + np.uint32(bits << np.uint32(16))) >> np.uint32(16)
-    rounded = np.uint32(bits + chance) >> np.uint32(16)
-    return np.uint16(np.uint32(0x7fc0) if x != x else rounded)
+    return _upper(x, bits, np.uint32(_mixed(float_to_bits(p)) + np.uint32(bits << np.uint32(16))))
 
 @_inner
 def same(x): return x
@@ -110,7 +121,7 @@ class Codec:
     store:types.Type # What is in memory
     compute:types.Type # What steppers compute in
     load:Callable=same # From memory
-    save:Callable=same # To memory; of the number and the weight if `chance` is set
+    save:Callable=same # To memory; of the number, and what `begin` gave and the position in the block, or the weight if `chance` is set
     chance:bool=False # Is it rounded by chance?
     begin:Callable=None # Of a block: what its elements are loaded with
     end:Callable=None # Of a block, after they were saved
@@ -139,12 +150,15 @@ def _fetch(ahead, b):
         for k in range(BLOCK*size*b, BLOCK*size*(b + 1), 64): prefetch(at + k)
 
 @_inner
+def _stamp_of(upper, n):
+    total = np.uint32(0)
+    for i in range(n): total = np.uint32(total + _mixed(np.uint32(_places[i] | np.uint32(upper[i]))))
+    return total
+
+@_inner
 def _stamp(upper):
     "The stamp of a block"
-    total = np.uint32(0)
-    for i in range(len(upper)):
-        total = np.uint32(total + _mixed(np.uint32(_places[i] | np.uint32(upper[i]))))
-    return total
+    return _stamp_of(upper, BLOCK) if len(upper) == BLOCK else _stamp_of(upper, len(upper)) # a loop of known length has no other work
 
 _u16_ptr, _u32_ptr, _f32_ptr = map(pointer_to, (types.uint16, types.uint32, types.float32))
 
@@ -159,13 +173,39 @@ def end_exact(upper_at, lost_at, stamps_at, start, n):
     "Note for which weights the lost bits are"
     _u32_ptr(stamps_at)[start//BLOCK] = _stamp(carray(_u16_ptr(upper_at + 2*start), n))
 
-@_inner
-def load_exact(upper, lost, bits): return bits_to_float(np.uint32(np.uint32(np.uint32(upper) << _half) + np.uint32(np.uint32(np.int32(lost)) & bits)))
+def lost_codec(
+    dtype:torch.dtype, # Of what is kept: int16 is all
+) -> Codec:
+    "bfloat16, and what rounding takes from it"
+    exact, own = dtype == torch.int16, partial(told_apart, what=dtype)
+    rest, up, up_both = map(np.uint32, (0, 0, 0x8000) if exact else (8, 0x80, 0x8080))
+    lower = np.int16 if exact else np.int8
+
+    @_inner
+    @own
+    def load_lost(upper, lost, kept): return bits_to_float(np.uint32(np.uint32(np.uint32(upper) << _half) + np.uint32(np.uint32(np.uint32(np.int32(lost)) << rest) & kept)))
+
+    @_inner
+    @own
+    def save_lost(x, kept, i):
+        bits = _nan_bits if x != x else float_to_bits(x)
+        return np.uint16(shift_down(add_bits(bits, up_both), _half)), lower(shift_down(add_bits(bits, up), rest))
+
+    return Codec(torch.bfloat16, types.uint16, types.float32, load_lost, save_lost, begin=begin_exact, end=end_exact, pair=types.int16 if exact else types.int8)
+
+@_jit
+def begin_rounds(upper_at, rounds_at, start, n): return np.uint32(_u32_ptr(rounds_at)[start//BLOCK]*_mix_2 + np.uint32(start//BLOCK)*_mix_1)
+
+@_jit
+def end_rounds(upper_at, rounds_at, start, n): _u32_ptr(rounds_at)[start//BLOCK] += np.uint32(1)
 
 @_inner
-def save_exact(x):
-    bits = _nan_bits if x != x else float_to_bits(x)
-    return np.uint16(np.uint32(bits + np.uint32(0x8000)) >> _half), np.int16(bits)
+def load_upper(upper, rounds): return bfloat_to_float(upper)
+
+@_inner
+def save_stochastic(x, rounds, i):
+    bits = float_to_bits(x)
+    return _upper(x, bits, _mixed(np.uint32(np.uint32(bits + np.uint32(np.uint32(i) << _half)) + rounds)))
 
 @_inner
 def _size(x): return bits_to_float(np.uint32(float_to_bits(x) & np.uint32(0x7fffffff)))
@@ -225,15 +265,15 @@ def root_codec(
 
     return Codec(dtype, types.int8 if signed else types.uint8, types.float32, load_root, begin=begin_root, close=close_root)
 
-CODECS[formats.EXACT] = Codec(torch.bfloat16, types.uint16, types.float32, load_exact, save_exact, begin=begin_exact, end=end_exact, pair=types.int16)
+CODECS.update({formats.EXACT: lost_codec(torch.int16), formats.NEAR: lost_codec(torch.int8),
+               formats.STOCHASTIC: Codec(torch.bfloat16, types.uint16, types.float32, load_upper, save_stochastic, begin=begin_rounds, end=end_rounds)})
 CODECS.update({fmt: root_codec(d) for d,fmt in formats.ROOTS.items()})
 
 def codecs_of(
     dtypes:dict, # Name of each tensor of a parameter to its dtype; `None` if it has none
 ) -> tuple: # `None` for what is beside others
     "The codec of each tensor"
-    exact = dtypes.get(LOST) is not None
-    stored = {n: format_of(n, d, dtypes['p'], exact) for n,d in dtypes.items()}
+    stored = {n: format_of(n, d, dtypes['p'], weights_format(dtypes)) for n,d in dtypes.items()}
     beside = {o for n,fmt in stored.items() if fmt for o in fmt.names(n)}
     return tuple(None if n in beside or dtypes[n] is None else replace(CODECS[fmt], beside=fmt.names(n)) if fmt else CODECS[dtypes[n]] for n,fmt in stored.items())
 
@@ -252,7 +292,7 @@ def _on_elements(stage, codecs, at, start, n):
     def save(x, k):
         f = codecs[k]
         if f.close: return [f'_{x}_new[_i] = save_{k}({x})', f'_{x}_greatest = greater(_{x}_greatest, _{x}_new[_i])']
-        return [f"_{x}_all[_i]{f', _{x}_pair[_i]' if f.pair else ''} = save_{k}({x}{', p' if f.chance else ''})"]
+        return [f"_{x}_all[_i]{f', _{x}_pair[_i]' if f.pair else ''} = save_{k}({x}{f', _{x}_by, _i' if f.begin else ', p' if f.chance else ''})"]
     tensors = [(x, at(x)) for x in stage.tensors]
     done = [f'_{x}_part += {x}' for x in stage.gives] if stage.sums else [l for x in stage.gives for l in save(x, at(x))] + ['_g_all[_i] = save_1(zero)']*stage.clears
     return [*(array(x, k) for x,k in tensors), *(pair(x, k) for x,k in tensors if codecs[k].pair),
@@ -348,9 +388,9 @@ def _in(fmt, real):
     "How a tensor is loaded and saved where all is computed in `real`"
     if (fmt.compute == types.float64) == (real is np.float64): return fmt.load, fmt.save
     load, save = fmt.load, fmt.save
-    own = partial(told_apart, what=f'{fmt.dtype}_{fmt.store}_{fmt.pair}_{fmt.chance}')
+    own = partial(told_apart, what=f'{fmt.dtype}_{fmt.store}_{fmt.pair}_{fmt.begin is None}_{fmt.chance}')
     def load_as(*xs): return real(load(*xs))
-    def save_as(x): return save(np.float32(x))
+    def save_as(x, *others): return save(np.float32(x), *others)
     def save_with(x, p): return save(np.float32(x), np.float32(p))
     return _inner(own(load_as)), _inner(own(save_with if fmt.chance else save_as))
 

@@ -14,7 +14,7 @@ import numpy as np, torch, triton
 import triton.language as tl
 from torch import Tensor
 
-from .formats import BLOCK, CHANCE, LOST, MIX_1, MIX_2, SMALLEST, format_of, least_of, most_of
+from .formats import BLOCK, CHANCE, MIX_1, MIX_2, SMALLEST, format_of, least_of, most_of, weights_format
 from .plan import Engine, Work
 from .probe import DTYPES, Probe
 from .steppers import Composition, Line, Stage, call_names, compile_stage
@@ -129,11 +129,11 @@ def _inside(at, size, BLOCK:tl.constexpr):
     return tl.arange(0, BLOCK) < tl.minimum(size - at, BLOCK).to(tl.int32)
 
 @triton.jit
-def _load_block(param, at, size, pointers, mask, n:tl.constexpr, compute:tl.constexpr, beside:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
+def _load_block(param, at, size, pointers, mask, n:tl.constexpr, dtypes:tl.constexpr, compute:tl.constexpr, beside:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
     "A block of the first `n` tensors"
     values = ()
     for i in tl.static_range(n):
-        if beside[i] and i == 0: values = values + (_open_exact(param, at, size, pointers[0], mask, beside[0], BLOCK, masked).to(compute),)
+        if beside[i] and i == 0: values = values + (_open_weights(param, at, size, pointers[0], mask, beside[0], dtypes[beside[0]], BLOCK, masked).to(compute),)
         elif beside[i]: values = values + (_open_root(param, at, size, pointers[i], mask, beside[i], BLOCK).to(compute),)
         else: values = values + (tl.load(pointers[i], mask=mask).to(compute),)
     return values
@@ -147,10 +147,14 @@ def _mixed(x):
     return (x ^ (x >> 15))*_mix_2
 
 @triton.jit
+def _place(BLOCK:tl.constexpr):
+    "The position of each element among those that have a word in common, as an upper half"
+    return (tl.arange(0, BLOCK) % _per_stamp).to(tl.uint32) << 16
+
+@triton.jit
 def _stamps(upper, mask, BLOCK:tl.constexpr, masked:tl.constexpr):
     "The stamps of the weights of a block, of which these are the upper halves"
-    nth = (tl.arange(0, BLOCK) % _per_stamp).to(tl.uint32)
-    x = _mixed((nth << 16) | upper)
+    x = _mixed(_place(BLOCK) | upper)
     if masked: x = tl.where(mask, x, 0)
     return tl.sum(tl.reshape(x, (BLOCK//_per_stamp, _per_stamp)), axis=1)
 
@@ -166,30 +170,45 @@ def _for_each(words, BLOCK:tl.constexpr):
     return tl.reshape(tl.broadcast_to(words[:, None], (BLOCK//_per_stamp, _per_stamp)), (BLOCK,))
 
 @triton.jit
-def _lost_pointers(param, at, exact:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
-    pointer = tl.load(param + exact).to(tl.pointer_type(tl.int16)) + at
+def _lost_pointers(param, at, position:tl.constexpr, dtype:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
+    pointer = tl.load(param + position).to(tl.pointer_type(dtype)) + at
     if not masked: pointer = tl.multiple_of(pointer, 16)
     return pointer + tl.arange(0, BLOCK)
 
 @triton.jit
-def _open_exact(param, at, size, pointers, mask, exact:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
-    "Weights with the bits that they lost, where these are of the weights that are there"
+def _open_weights(param, at, size, pointers, mask, position:tl.constexpr, dtype:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
+    "Weights, with the bits that they lost if these are kept (in `dtype`) and of the weights that are there"
     upper = tl.load(pointers, mask=mask).to(tl.uint16, bitcast=True).to(tl.uint32)
-    lost = tl.load(_lost_pointers(param, at, exact, BLOCK, masked), mask=mask).to(tl.int32).to(tl.uint32, bitcast=True)
-    stamps, there = _word_pointers(param, at, size, exact + 1, tl.uint32, BLOCK)
-    valid = tl.where(_stamps(upper, mask, BLOCK, masked) == tl.load(stamps, mask=there), 0xffffffff, 0).to(tl.uint32)
-    return ((upper << 16) + (lost & _for_each(valid, BLOCK))).to(tl.float32, bitcast=True)
+    bits = upper << 16
+    if dtype != tl.int32:
+        lost = tl.load(_lost_pointers(param, at, position, dtype, BLOCK, masked), mask=mask).to(tl.int32).to(tl.uint32, bitcast=True)
+        if dtype == tl.int8: lost = lost << 8
+        stamps, there = _word_pointers(param, at, size, position + 1, tl.uint32, BLOCK)
+        valid = tl.where(_stamps(upper, mask, BLOCK, masked) == tl.load(stamps, mask=there), 0xffffffff, 0).to(tl.uint32)
+        bits = bits + (lost & _for_each(valid, BLOCK))
+    return bits.to(tl.float32, bitcast=True)
 
 @triton.jit
-def _close_exact(param, at, size, pointers, mask, x, exact:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
-    "Round weights, and keep what they lose"
+def _close_weights(param, at, size, pointers, mask, x, position:tl.constexpr, dtype:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
+    "Round weights, and keep what they lose; or round them by chance, and count"
     x = x.to(tl.float32)
     bits = tl.where(x != x, 0x7fc00000, x.to(tl.uint32, bitcast=True))
-    upper = (bits + 0x8000) >> 16
+    if dtype == tl.int32:
+        rounds, there = _word_pointers(param, at, size, position, tl.uint32, BLOCK)
+        times = tl.load(rounds, mask=there)
+        block = (at//_per_stamp + tl.arange(0, BLOCK//_per_stamp)).to(tl.uint32)
+        hashed = _mixed(bits + _place(BLOCK) + _for_each(times*_mix_2 + block*_mix_1, BLOCK))
+        upper = tl.where(x != x, 0x7fc0, (bits + (hashed >> 16)) >> 16)
+        tl.store(rounds, times + 1, mask=there)
+    else:
+        if dtype == tl.int8: bits = bits + 0x80
+        upper = (bits + 0x8000) >> 16
+        if dtype == tl.int8: lost = (bits >> 8).to(tl.uint8).to(tl.int8, bitcast=True)
+        else: lost = bits.to(tl.uint16).to(tl.int16, bitcast=True)
+        tl.store(_lost_pointers(param, at, position, dtype, BLOCK, masked), lost, mask=mask)
+        stamps, there = _word_pointers(param, at, size, position + 1, tl.uint32, BLOCK)
+        tl.store(stamps, _stamps(upper, mask, BLOCK, masked), mask=there)
     tl.store(pointers, upper.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
-    tl.store(_lost_pointers(param, at, exact, BLOCK, masked), bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
-    stamps, there = _word_pointers(param, at, size, exact + 1, tl.uint32, BLOCK)
-    tl.store(stamps, _stamps(upper, mask, BLOCK, masked), mask=there)
 
 # %% ../../nbs/optimizer.cuda.ipynb #5fbe09c3
 _smallest = tl.constexpr(SMALLEST)
@@ -242,9 +261,9 @@ def _step_block(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, wr
     "Run `stage` on a block"
     mask = _inside(at, size, BLOCK) if masked else None
     pointers = _pointers(param, at, n, dtypes, BLOCK, masked)
-    new = stage(*_load_block(param, at, size, pointers, mask, n, compute, beside, BLOCK, masked), *scalars)
+    new = stage(*_load_block(param, at, size, pointers, mask, n, dtypes, compute, beside, BLOCK, masked), *scalars)
     if writes & 1:
-        if beside[0]: _close_exact(param, at, size, pointers[0], mask, new[0], beside[0], BLOCK, masked)
+        if beside[0]: _close_weights(param, at, size, pointers[0], mask, new[0], beside[0], dtypes[beside[0]], BLOCK, masked)
         else: tl.store(pointers[0], new[0].to(dtypes[0]), mask=mask)
     for i in tl.static_range(2, n):
         if (writes >> i) & 1:
@@ -336,7 +355,7 @@ def _terms(param, at, size, scalars, stage:tl.constexpr, n:tl.constexpr, n_own:t
            beside:tl.constexpr, BLOCK:tl.constexpr, masked:tl.constexpr):
     "What is to be added up of a block, and zero outside of the tensor"
     mask = _inside(at, size, BLOCK) if masked else None
-    found = stage(*_load_block(param, at, size, _pointers(param, at, n, dtypes, BLOCK, masked), mask, n, compute, beside, BLOCK, masked), *scalars)
+    found = stage(*_load_block(param, at, size, _pointers(param, at, n, dtypes, BLOCK, masked), mask, n, dtypes, compute, beside, BLOCK, masked), *scalars)
     terms = ()
     for i in tl.static_range(n_own): terms = terms + (tl.where(mask, found[i], 0.).to(compute) if masked else found[i].to(compute),)
     return terms
@@ -454,8 +473,8 @@ def formats_in(
     others:tuple, # Names of the last of them, which are beside others
 ) -> dict: # Name to `Format`, or to `None`
     "How each tensor is stored that steppers know"
-    exact = dict(zip(others, dtypes[len(dtypes) - len(others):])).get(LOST) is not None
-    return {n: format_of(n, d, dtypes[0], exact) for n,d in zip(('p', 'g', *composition.slots), dtypes)}
+    weights = weights_format(dict(zip(others, dtypes[len(dtypes) - len(others):])))
+    return {n: format_of(n, d, dtypes[0], weights) for n,d in zip(('p', 'g', *composition.slots), dtypes)}
 
 @lru_cache(None)
 def constants(

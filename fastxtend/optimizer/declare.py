@@ -14,6 +14,7 @@ from fastai.torch_basics import *
 
 from .batch import check_hyper, no_such
 from .core import LOOKAHEAD, FastOptimizer, LookaheadMixin
+from .formats import WEIGHTS
 from .foreach import ForEachOptimizer
 from .kernels import FusedLookahead, FusedOptimizer
 from .lists import StepperEngine
@@ -22,8 +23,8 @@ from .table import OPTIMIZERS, OptimizerSpec
 from .torchscript import JitLookahead, JitOptimizer
 
 # %% auto #0
-__all__ = ['FLAGS', 'STATES', 'WEIGHTS', 'STORED', 'BACKENDS', 'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead',
-           'backend_of', 'build', 'arguments_of', 'optimizer', 'OptFunc', 'helper', 'helper_of']
+__all__ = ['FLAGS', 'STATES', 'STORED', 'BACKENDS', 'StepperOptimizer', 'StepperLookahead', 'ForEachLookahead', 'backend_of',
+           'build', 'arguments_of', 'optimizer', 'OptFunc', 'helper', 'helper_of']
 
 # %% ../../nbs/optimizer.declare.ipynb #60457e48
 class StepperOptimizer(FastOptimizer):
@@ -42,12 +43,11 @@ def _flags(
     jit:bool=False, # Step with a TorchScript function
     fused:bool=False, # Step in one kernel, compiled for the CPU (Numba) or a GPU (Triton)
     state:str=None, # With `fused`: keep state tensors in 'bfloat16', which is half of float32, or 'int8', a quarter
-    weights:str=None, # With `fused`: 'exact' keeps what bfloat16 parameters lose by rounding, so that they are stepped as float32 ones
+    weights:str=None, # With `fused`: 'exact' keeps what bfloat16 parameters lose by rounding, so that they are stepped as float32 ones, 'near' keeps half of it, and 'stochastic' nothing, but is right on average
 ): "The arguments that every constructor has"
 
 FLAGS = tuple(inspect.signature(_flags).parameters)
 STATES = dict(bfloat16=torch.bfloat16, int8=torch.int8) # What state can be kept in, if not in the dtype of its parameters
-WEIGHTS = dict(exact=True)
 STORED = dict(state=(STATES, 'the dtype of the parameters', 'keep state in another dtype'), # Flags of how tensors are kept: choices, what is usual, and what only kernels do
               weights=(WEIGHTS, 'what is in the parameters', 'keep what bfloat16 parameters lose'))
 BACKENDS = tuple(n for n in FLAGS if n not in STORED)
@@ -80,7 +80,7 @@ def build(
     lookahead = {n: options.pop(n) for n in LOOKAHEAD if spec.has_lookahead and n in options}
     kwargs = dict(lr=lr, decouple_wd=decouple_wd, options=options, **lookahead, **hypers)
     if backend is None: return (StepperLookahead if spec.has_lookahead else StepperOptimizer)(params, spec, **kwargs)
-    if backend == 'fused': return (FusedLookahead if spec.has_lookahead else FusedOptimizer)(params, spec, slot_dtype=STATES.get(state), exact=WEIGHTS.get(weights, False), **kwargs)
+    if backend == 'fused': return (FusedLookahead if spec.has_lookahead else FusedOptimizer)(params, spec, slot_dtype=STATES.get(state), weights=weights, **kwargs)
     if backend == 'jit':
         if spec.jit is None: raise NotImplementedError(f"{spec.name} has no TorchScript step, for TorchScript is deprecated and fuses little. Use `fused=True` or `foreach=True`")
         return (JitLookahead if spec.has_lookahead else JitOptimizer)(params, opt_step=unwrapped(spec.jit), **kwargs)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['BLOCK', 'NOTHING', 'LOST', 'STAMPS', 'MIX_1', 'MIX_2', 'EXACT', 'SCALES', 'SMALLEST', 'ROOTS', 'CHANCE', 'n_blocks',
-           'flat', 'laid', 'Format', 'stamps_of', 'exact_join', 'exact_split', 'root_join', 'root_split', 'top_of',
+__all__ = ['BLOCK', 'NOTHING', 'LOST', 'STAMPS', 'MIX_1', 'MIX_2', 'EXACT', 'NEAR', 'ROUNDS', 'STOCHASTIC', 'WEIGHTS',
+           'BESIDE_WEIGHTS', 'SCALES', 'SMALLEST', 'ROOTS', 'CHANCE', 'n_blocks', 'flat', 'laid', 'Format', 'stamps_of',
+           'exact_join', 'exact_split', 'stochastic_split', 'weights_format', 'root_join', 'root_split', 'top_of',
            'most_of', 'least_of', 'chance_split', 'format_of']
 
 # %% ../../nbs/optimizer.formats.ipynb #dde5b061
@@ -46,7 +47,7 @@ def laid(
 class Format:
     "How numbers are stored, in a tensor and in others beside it"
     dtype:torch.dtype # Of the tensor
-    beside:dict # Name of each tensor beside it to its dtype: of 16 bits if it has a number for each element, else of 32 and with one for each block
+    beside:dict # Name of each tensor beside it to its dtype: of 32 bits if it has a number for each block, else with one for each element
     join:Callable # From the tensor and those beside it to float32 numbers
     split:Callable # Float32 numbers, and where to put them: the tensor and those beside it
 
@@ -60,7 +61,7 @@ class Format:
         t:Tensor, # The tensor
     ) -> list[Tensor]:
         "New tensors beside it, of zeros"
-        return [torch.zeros_like(t, dtype=d, requires_grad=False) if d.itemsize == 2 else torch.zeros(n_blocks(t.numel()), dtype=d, device=t.device) for d in self.beside.values()]
+        return [torch.zeros_like(t, dtype=d, requires_grad=False) if d.itemsize < 4 else torch.zeros(n_blocks(t.numel()), dtype=d, device=t.device) for d in self.beside.values()]
 
     def fresh(self,
         name:str, # Of the tensor: `p`, or that of a slot
@@ -77,25 +78,28 @@ def _mixed(x):
     x = (x*MIX_1) & _32_BITS
     return ((x ^ x >> 15)*MIX_2) & _32_BITS
 
+def _place(xs): "The position of each in its block, as an upper half"; return torch.arange(len(xs), device=xs.device) % BLOCK << 16
+
 def stamps_of(
     upper:Tensor, # Upper halves in the order of memory: int16
 ) -> Tensor: # int32
     "The stamp of each block"
     n = len(upper)
-    at = torch.arange(n, device=upper.device) % BLOCK
-    x = _mixed(at << 16 | upper.long() & 0xffff)
+    x = _mixed(_place(upper) | upper.long() & 0xffff)
     sums = torch.nn.functional.pad(x, (0, n_blocks(n)*BLOCK - n)).view(-1, BLOCK).sum(1)
     return (sums & _32_BITS).int()
 
+def _rest(lost): "How many of 16 bits are not kept"; return 16 - 8*lost.element_size()
+
 def exact_join(
     p:Tensor, # A bfloat16 parameter
-    lost:Tensor, # Its lost bits
+    lost:Tensor, # Its lost bits: all of them (int16), or the upper half (int8)
     stamps:Tensor, # And for which weights they are
 ) -> Tensor: # float32
     "What both are together"
     upper = flat(p.detach(), lost).view(torch.int16)
     valid = (stamps_of(upper) == stamps).repeat_interleave(BLOCK)[:len(upper)]
-    bits = (upper.int() << 16) + torch.where(valid, flat(lost, lost), 0).int()
+    bits = (upper.int() << 16) + (torch.where(valid, flat(lost, lost), 0).int() << _rest(lost))
     return laid(bits.view(torch.float32), lost)
 
 def exact_split(
@@ -106,13 +110,44 @@ def exact_split(
 ):
     "Round `x` into `p`, and keep what is lost"
     x = flat(x, lost).contiguous()
-    bits = torch.where(x.isnan(), 0x7fc00000, x.view(torch.int32).long() & _32_BITS)
+    bits = torch.where(x.isnan(), 0x7fc00000, x.view(torch.int32).long() & _32_BITS) + (1 << _rest(lost) >> 1)
     upper = (bits + 0x8000 >> 16).to(torch.int16)
-    flat(lost, lost).copy_(bits.to(torch.int16))
+    flat(lost, lost).copy_((bits >> _rest(lost)).to(lost.dtype))
     stamps.copy_(stamps_of(upper))
     p.data.copy_(laid(upper.view(torch.bfloat16), lost))
 
-EXACT = Format(torch.bfloat16, {LOST: torch.int16, STAMPS: torch.int32}, exact_join, exact_split)
+EXACT, NEAR = (Format(torch.bfloat16, {LOST: d, STAMPS: torch.int32}, exact_join, exact_split) for d in (torch.int16, torch.int8))
+
+# %% ../../nbs/optimizer.formats.ipynb #c0ffee34
+ROUNDS = 'rounds'
+
+def _by_chance(bits, hashed):
+    "Upper halves of float32 numbers: of one more, as often as their lower half says"
+    return (bits + (hashed >> 16) >> 16).to(torch.int16).view(torch.bfloat16)
+
+def stochastic_split(
+    x:Tensor, # float32
+    p:Tensor, # A bfloat16 parameter, to be written
+    rounds:Tensor, # How many times each block was rounded, to be counted
+):
+    "Round `x` up or down into `p`, right on average"
+    xs = flat(x, p).contiguous()
+    bits = xs.view(torch.int32).long() & _32_BITS
+    times = rounds.long()*MIX_2 + torch.arange(len(rounds), device=p.device)*MIX_1
+    rounded = _by_chance(bits, _mixed(bits + _place(xs) + times.repeat_interleave(BLOCK)[:len(xs)] & _32_BITS))
+    p.data.copy_(laid(torch.where(xs.isnan(), torch.nan, rounded), p))
+    rounds += 1
+
+STOCHASTIC = Format(torch.bfloat16, {ROUNDS: torch.int32}, lambda p, rounds: p.detach().float(), stochastic_split)
+
+WEIGHTS = dict(exact=EXACT, near=NEAR, stochastic=STOCHASTIC) # What weights can be kept in, if bfloat16 loses too much
+BESIDE_WEIGHTS = tuple({n: None for f in WEIGHTS.values() for n in f.beside}) # Names of all that is kept for that
+
+def weights_format(
+    beside:dict, # Name of each tensor beside a parameter to its dtype, or to `None`
+) -> Format|None: # `None` if there is nothing for it
+    "The format of a parameter"
+    return next((f for f in WEIGHTS.values() if all(beside.get(n) == d for n,d in f.beside.items())), None)
 
 # %% ../../nbs/optimizer.formats.ipynb #130c7c95
 SCALES, SMALLEST = 'scales', 2.**-110 # No scale is smaller: one can be divided by it
@@ -180,9 +215,7 @@ def chance_split(
 ):
     "Round `x` up or down into `t`, right on average"
     bits, others = (t.float().resolve_neg().contiguous().view(torch.int32).long() & _32_BITS for t in (x, p.detach()))
-    chance = (_mixed(others) + (bits << 16) & _32_BITS) >> 16
-    rounded = (bits + chance >> 16).to(torch.int16).view(torch.bfloat16)
-    t.copy_(torch.where(x.isnan(), torch.nan, rounded))
+    t.copy_(torch.where(x.isnan(), torch.nan, _by_chance(bits, _mixed(others) + (bits << 16) & _32_BITS)))
 
 CHANCE = Format(torch.bfloat16, {}, lambda t, p: t.float(), chance_split)
 
@@ -191,9 +224,9 @@ def format_of(
     name:str, # Of the tensor: `p`, `g`, or that of a slot
     dtype:torch.dtype, # Its own
     p:torch.dtype, # That of the parameter
-    exact:bool, # Are the bits kept that the parameter loses?
+    weights:Format|None, # Of the parameter
 ) -> Format|None: # `None` if it is only converted
     "How a tensor of a parameter is stored"
-    if name == 'p': return EXACT if exact else None
-    if dtype == torch.bfloat16 and name != 'g' and (exact or p != dtype): return CHANCE
+    if name == 'p': return weights
+    if dtype == torch.bfloat16 and name != 'g' and (weights or p != dtype): return CHANCE
     return ROOTS.get(dtype)

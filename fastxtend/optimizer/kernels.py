@@ -12,7 +12,7 @@ from fastai.torch_basics import *
 from torch import Tensor
 
 from .core import FastOptimizer, LookaheadMixin
-from .formats import EXACT
+from .formats import BESIDE_WEIGHTS
 from .lists import ListEngine
 from .plan import Plan, error_of, kernels_for, look, run
 from .table import OptimizerSpec
@@ -42,18 +42,18 @@ class FusedOptimizer(FastOptimizer):
         spec:OptimizerSpec, # Entry of the optimizer in `OPTIMIZERS`
         decouple_wd:bool=False, # Shrink weights themselves (true weight decay), or add to their gradients (L2)?
         slot_dtype:torch.dtype=None, # Of state tensors, if it is not that of their parameters
-        exact:bool=False, # Keep the bits that bfloat16 parameters lose?
+        weights:str=None, # One of `WEIGHTS`, if bfloat16 parameters are not only rounded
         **defaults, # Hyperparameters
     ):
         super().__init__(params, spec, decouple_wd, **defaults)
-        if exact and any(p.dtype == torch.float16 for pg in self.param_lists for p in pg): raise ValueError("`weights='exact'` is of bfloat16 parameters, which are the upper half of a float32, and not of float16: convert the model with `.bfloat16()`")
-        self.slot_dtype, self.exact = slot_dtype, exact
+        if weights and any(p.dtype == torch.float16 for pg in self.param_lists for p in pg): raise ValueError("`weights` is of bfloat16 parameters, which are the upper half of a float32, and not of float16: convert the model with `.bfloat16()`")
+        self.slot_dtype, self.kept_weights = slot_dtype, weights
         check_numba(concat(*self.param_lists))
 
     takes_attachments = True
 
     @property
-    def _keep_on_clear(self): return [*super()._keep_on_clear, *EXACT.names('p')] # lost bits belong to the weights
+    def _keep_on_clear(self): return [*super()._keep_on_clear, *BESIDE_WEIGHTS] # they belong to the weights
 
     @cached_property
     def engine(self): return ListEngine(self.spec.foreach, widen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .pointers import address_of, c_function, i64, i64_ptr, with_cache
 from .formats import BLOCK, NOTHING
-from .probe import BESIDE, CODES, DEVICE, DTYPE, DTYPES, NONE, OK, SHAPE, STRIDES, UNREADABLE, WORDS, Probe
+from .probe import BESIDE, CODES, DEVICE, DTYPE, DTYPES, NONE, OK, SHAPE, SLOTS, STRIDES, UNREADABLE, WORDS, Probe
 
 # %% auto #0
 __all__ = ['where_keys_are', 'objects_are_known', 'compiled_probe']
@@ -76,7 +76,7 @@ def _look_at(functions, plain, impl, kinds, lists, n, beside, t, dtypes, address
         first, info = i64_ptr(infos), i64_ptr(at)
         addresses[k] = info[0] + info[5]
         if info[1] != first[1]: return DEVICE
-        code, end = BESIDE if is_beside else 0, NONE if is_beside else BESIDE if k > 1 else CODES
+        code, end = BESIDE if is_beside else 0, NONE if is_beside else SLOTS if k > 1 else CODES
         while code < end and kinds[code] != info[2] >> 32: code += 1
         if code == end: return DTYPE
         dtypes[k] = code

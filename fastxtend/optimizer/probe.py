@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .formats import BLOCK, NOTHING, n_blocks
 
 # %% auto #0
-__all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS', 'FLOATS', 'DTYPES', 'CODES', 'BESIDE', 'WORDS',
-           'NONE', 'ITEMSIZES', 'PER_ITEM', 'Probe', 'is_dense', 'device_code', 'is_plain', 'probe', 'guards_of',
-           'remembered', 'recalled', 'Extents', 'is_sharded', 'extent', 'sharing_memory']
+__all__ = ['OK', 'UNREADABLE', 'DEVICE', 'DTYPE', 'SHAPE', 'STRIDES', 'REASONS', 'FLOATS', 'DTYPES', 'CODES', 'BESIDE', 'SLOTS',
+           'WORDS', 'NONE', 'ITEMSIZES', 'PER_ITEM', 'Probe', 'is_dense', 'device_code', 'is_plain', 'probe',
+           'guards_of', 'remembered', 'recalled', 'Extents', 'is_sharded', 'extent', 'sharing_memory']
 
 # %% ../../nbs/optimizer.probe.ipynb #dab6e356
 OK, UNREADABLE, DEVICE, DTYPE, SHAPE, STRIDES = range(6)
@@ -24,8 +24,8 @@ REASONS = ['', 'not a plain tensor in memory', 'on different devices', 'no kerne
            'memory layout is not dense, or differs between parameter, gradient and state']
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-DTYPES = [*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.float32, None] # Then codes; and tensors beside others: a number an element, one a block (of either dtype), and nothing
-CODES, BESIDE, WORDS, NONE = len(FLOATS), *(len(FLOATS) + i for i in (2, 3, 5))
+DTYPES = [*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32, None] # Then codes, up to int8; and tensors beside others, from int8 on: a number an element, one a block, and nothing
+CODES, BESIDE, SLOTS, WORDS, NONE = (len(FLOATS) + i for i in (0, 1, 2, 3, 5))
 ITEMSIZES = np.array([d.itemsize if d else 0 for d in DTYPES])
 PER_ITEM = np.array([BLOCK if WORDS <= i < NONE else 1 for i in range(len(DTYPES))]) # Elements of a parameter
 
@@ -94,7 +94,7 @@ def _reason(ts, beside):
         if t is NOTHING and is_beside: continue
         if not is_plain(t): return UNREADABLE
         if t.device != p.device: return DEVICE
-        if t.dtype not in (DTYPES[BESIDE:NONE] if is_beside else FLOATS if k < 2 else DTYPES[:BESIDE]): return DTYPE
+        if t.dtype not in (DTYPES[BESIDE:NONE] if is_beside else FLOATS if k < 2 else DTYPES[:SLOTS]): return DTYPE
         if is_beside and t.dtype in DTYPES[WORDS:NONE]:
             if t.ndim != 1 or len(t) != n_blocks(p.numel()): return SHAPE
             if len(t) > 1 and t.stride(0) != 1: return STRIDES

@@ -105,7 +105,7 @@ def _go(opt, to_average):
         if todo and not 0 < mom <= 1: raise ValueError(f"There is no way from the weights to their average with `mom={mom}`: it is above 0, and 1 at most")
         for p in todo:
             share = 1 - 1/mom if to_average else 1 - mom
-            if opt.is_exact(p): opt.write_weights(p, opt.weights_of(p).lerp_(opt.state[p]['base_weights'], share))
+            if opt.in_format(p): opt.write_weights(p, opt.weights_of(p).lerp_(opt.state[p]['base_weights'], share))
             else: p.lerp_(opt.state[p]['base_weights'], share)
             if to_average: opt.state[p]['at_average'] = True
             else: del opt.state[p]['at_average']
