@@ -1529,6 +1529,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastxtend/optimizer/lists.py'),
                                            'fastxtend.optimizer.lists._plainly': ( 'optimizer.lists.html#_plainly',
                                                                                    'fastxtend/optimizer/lists.py'),
+                                           'fastxtend.optimizer.lists._wide': ( 'optimizer.lists.html#_wide',
+                                                                                'fastxtend/optimizer/lists.py'),
                                            'fastxtend.optimizer.lists.blocks': ( 'optimizer.lists.html#blocks',
                                                                                  'fastxtend/optimizer/lists.py'),
                                            'fastxtend.optimizer.lists.fold_late': ( 'optimizer.lists.html#fold_late',

@@ -607,3 +607,13 @@ def test_lazily_negated_beside_state_in_16_bits(name, way):
         for gs in make_grads(((5,), (4, 3), (), (6, 2)), steps=3, seed=7): step_with(opt, params, gs)
         return [p.detach().resolve_neg() for p in params]
     for p,q in zip(run(False), run(True)): assert distance(p, q)*torch.finfo(p.dtype).eps <= 6*torch.finfo(torch.bfloat16).eps
+
+@pytest.mark.parametrize('way', [w for w in WAYS if w != 'jit'])
+def test_the_widest_tensor_decides(way):
+    "A float32 parameter whose state stayed float64: a square that float32 cannot hold is one in float64, on all backends"
+    p = torch.ones(3)
+    opt = build('LaProp', [p], way)
+    step_with(opt, [p], [torch.ones(3)])
+    opt.state[p].update({k: v.double() for k,v in opt.state[p].items() if isinstance(v, Tensor)})
+    step_with(opt, [p], [torch.full((3,), 1e30)])
+    assert opt.state[p]['sqr_avg'].isfinite().all() and p.isfinite().all() and (p < 1).all()

@@ -113,10 +113,14 @@ def _is_odd(batch):
     ts = [t for ts in batch.tensors() for t in ts]
     return any(t.dtype != ts[0].dtype or not is_sharded(t) and (t.is_neg() or t._is_zerotensor()) for t in ts)
 
+def _wide(ts):
+    "What is computed in, whatever tensors are kept in: as in kernels, the widest of them decides"
+    return torch.float64 if any(t.dtype == torch.float64 for t in ts) else torch.float32
+
 def _plainly(batch):
     "`batch` in tensors of one dtype, of 32 bits at least, whose bytes are their elements: copies where they are not"
     full = batch.with_tensors(*([batch.read(n, i) for i in range(len(batch))] for n in ('p', 'g', *batch.slots)))
-    dtype = torch.float64 if any(t.dtype == torch.float64 for ts in full.tensors() for t in ts) else torch.float32
+    dtype = _wide(t for ts in full.tensors() for t in ts)
     return full.with_tensors(*([t.to(dtype) if is_sharded(t) else t.to(dtype).resolve_neg() for t in ts] for ts in full.tensors()))
 
 def unnoticed(
@@ -263,7 +267,8 @@ class StepperWork(Work):
         for i,known in enumerate(self.known):
             for fold in stage.late: known[fold.name] = _on_numbers(fold.f)(*(known[n] if isinstance(n, str) else n for n in fold.takes))
             tensors = {n: ts[i] for n,ts in self.batch.named().items()}
-            new = _on_tensors(stage)(*(tensors[n].float() if tensors[n].dtype.itemsize < 4 else tensors[n] for n in stage.tensors), *(known[n] for n in stage.scalars))
+            dtype = _wide(tensors.values())
+            new = _on_tensors(stage)(*(tensors[n].to(dtype) for n in stage.tensors), *(known[n] for n in stage.scalars))
             for n,x in zip(stage.gives, new):
                 if stage.sums: known[n] = float(whole(x.sum()))
                 else: overwrite(tensors[n], x)
