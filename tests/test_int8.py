@@ -6,7 +6,7 @@ from common import *
 
 from fastxtend.optimizer.attach import Attachment, average_weights, clear_gradients, clip_gradients
 from fastxtend.optimizer.core import COARSE
-from fastxtend.optimizer.formats import BLOCK, ROOTS, SCALES, SMALLEST, top_of
+from fastxtend.optimizer.formats import BLOCK, ROOTS, SCALES, SMALLEST, WEIGHTS, top_of
 from fastxtend.optimizer.modifiers import cautious, cautious_decay, lookahead
 from fastxtend.optimizer.steppers import compose, slot, stepper
 from test_formats import as_double, params_of, twin_of
@@ -219,15 +219,15 @@ def test_on_gpus(name, on_cpu_tensors):
     assert {o.backend for o in opt.backend_report()} == {'triton'} and codes(opt, params[0])
 
 @on_cpu
-@pytest.mark.parametrize('way', ('bfloat16', 'exact', 'int8', 'both'))
+@pytest.mark.parametrize('way', ('bfloat16', 'int8', *WEIGHTS, 'exact and int8'))
 def test_machine_code(way):
     "Ahead of time: nothing is spilled, and all that is loaded and stored for each element is as wide as can be"
     if not has_triton(): pytest.skip("the kernels need Triton 3.5 or later")
     from fastxtend.optimizer import cuda
     composition = OPTIMIZERS['Adam'].composition()
-    exact, coarse = way in ('exact', 'both'), way in ('int8', 'both')
-    slots = dict(bfloat16=(torch.bfloat16,)*2, exact=(torch.float32,)*2).get(way, (torch.int8, torch.uint8))
-    dtypes = (*(torch.bfloat16 if exact else torch.float32,)*2, *slots, *((torch.int16, torch.int32) if exact else ()), *((torch.float32,)*2 if coarse else ()))
-    others = (*(('lost_bits', 'stamps') if exact else ()), *(('grad_avg_scales', 'sqr_avg_scales') if coarse else ()))
+    weights, coarse = WEIGHTS.get(way.split()[0]), 'int8' in way
+    slots = (torch.int8, torch.uint8) if coarse else (torch.bfloat16,)*2 if way == 'bfloat16' else (torch.float32,)*2
+    beside = {**(weights.beside if weights else {}), **({f'{n}_scales': torch.float32 for n in ('grad_avg', 'sqr_avg')} if coarse else {})}
+    dtypes, others = (*(torch.bfloat16 if weights else torch.float32,)*2, *slots, *beside.values()), tuple(beside)
     code = cuda.compile_ahead(cuda.step_kernel, cuda.constants(composition, 0, dtypes, others), 90)
     assert code.spilled == 0 and code.registers <= 128
