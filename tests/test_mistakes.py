@@ -9,7 +9,7 @@ from fastai.callback.hook import layer_info # adds `Learner.summary`
 
 from fastxtend.basics import *
 from fastxtend.basics import adam, lion
-from fastxtend.optimizer import declare, report
+from fastxtend.optimizer import declare, formats, report
 
 GUIDE = Path(__file__).parent.parent/'nbs'/'guides.hypers.ipynb'
 
@@ -102,7 +102,8 @@ def test_reports_of_formats(state, weights):
     for row,p in zip(before, params):
         assert row.state == {n: str(t.dtype)[6:] for n,t in opt.state[p].items() if isinstance(t, Tensor)}
         assert row.nbytes == sum(t.nbytes for t in opt.state[p].values() if isinstance(t, Tensor)) and f'{row.weights}; {report.formats(row.state)}' in shown
-    assert ('lost_bits' in repr(opt)) == (weights == 'exact') and ('int8' in repr(opt)) == (state == 'int8')
+    beside = declare.WEIGHTS[weights].beside if weights else {}
+    assert {n for n in formats.BESIDE_WEIGHTS if n in repr(opt)} == set(beside) and ('uint8' in repr(opt)) == (state == 'int8')
 
 def test_every_optimizer_has_a_report():
     "Also fastai's own, which a constructor without flags makes, and those of `torch.optim`"
