@@ -26,7 +26,7 @@ FLAGS = 'do_wd', 'force_train', *KEPT # What is no slot, even if it is a tensor
 WD = .125 # A power of two: L2 regularization that cancels a gradient is rounded once everywhere
 EPS = 40 # Of the greatest element of a tensor, what one step may be away in 32 and 64 bits
 EPS_16 = dict(native=0, foreach=16, jit=16, fused=8) # ... in 16 bits, where the first two round each operation
-PRODUCTS = 3.4445**8 # What rounding of Muon's products of rows with rows grows by in its iterations, as a part of the step
+PRODUCTS = 3.4445**10 # What rounding of Muon's products of rows with rows grows by in five iterations, as a part of the step (see `GROWTH`)
 NORMS = {torch.float64: 1e-9} # Of the step, what PyTorch's norms may be wrong by; in float32 3e-4
 LR = {torch.float64: 3e-4, torch.float32: 3e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2} # Of a layer's learning rate, which stays when a model is converted
 
