@@ -31,7 +31,7 @@ from .optimizer.muon import COEFFICIENTS
 from .optimizer.table import OptimizerSpec, own_slots
 
 # %% auto #0
-__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'OTHERS', 'REFUSED', 'LOST_BITS', 'STRUCTURE', 'WAYS', 'add_dampened',
+__all__ = ['BETAS', 'COMMON', 'EPS', 'AVERAGES', 'COLUMNS', 'OTHERS', 'REFUSED', 'STRUCTURE', 'WAYS', 'add_dampened',
            'look_ahead', 'ascend', 'over_root', 'over_deviation', 'largest', 'rectified_step', 'meet', 'Column',
            'column_of', 'renamed', 'TorchStyle', 'help_of', 'torch_class']
 
@@ -191,7 +191,6 @@ def renamed(
 
 # %% ../nbs/optim.ipynb #dba83f73
 REFUSED = 'differentiable', 'capturable' # Options of `torch.optim` that have to be off
-LOST_BITS = BESIDE_WEIGHTS # Names in the state of what belongs to weights
 STRUCTURE = 'momentum', 'dampening' # Numbers for which it matters whether they are zero
 WAYS = 'foreach', 'fused', *STORED # How it steps, and how tensors are kept, which `torch.optim` leaves no choice of
 
@@ -421,7 +420,7 @@ def hide_state(self:TorchStyle):
 def state_dict(self:TorchStyle) -> dict:
     "State and groups, as those of `torch.optim`"
     sd, inner = torch.optim.Optimizer.state_dict(self), self.column.inner
-    def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in {**in_full(s), **{n: s[n] for n in LOST_BITS if n in s}}.items() if n not in inner}
+    def saved(s): return {n: float(v) if n in self._numbers and n != 'step' else v for n,v in {**in_full(s), **{n: s[n] for n in BESIDE_WEIGHTS if n in s}}.items() if n not in inner}
     groups = [{**g, 'carried': {n: float(x) for n,x in g['carried'].items()}} if 'carried' in g else g for g in sd['param_groups']]
     return {**sd, 'state': {k: saved(s) if isinstance(s, dict) else s for k,s in sd['state'].items()}, 'param_groups': groups}
 
@@ -429,11 +428,11 @@ def state_dict(self:TorchStyle) -> dict:
 def load_state_dict(self:TorchStyle,
     state_dict:dict, # What `state_dict` returned, here or in `torch.optim`
 ):
-    "Load what was saved, or raise and change nothing. PyTorch casts state to the dtype of the parameter, so that of exact weights is put back"
+    "Load what was saved, or raise and change nothing. PyTorch casts state to the dtype of the parameter, so what belongs to weights is put back"
     torch.optim.Optimizer.load_state_dict(self, state_dict)
     saved = [state_dict['state'].get(i, {}) for g in state_dict['param_groups'] for i in g['params']]
-    for (p,exact),s in zip([(p, g['weights'] is not None) for g in self.param_groups for p in g['params']], saved):
-        if exact: self.__dict__['state'][p].update({n: v.to(p.device, copy=True) for n,v in s.items() if torch.is_tensor(v)})
+    for (p,keeps),s in zip([(p, g['weights'] is not None) for g in self.param_groups for p in g['params']], saved):
+        if keeps: self.__dict__['state'][p].update({n: v.to(p.device, copy=True) for n,v in s.items() if torch.is_tensor(v)})
 
 @patch
 def check_state(self:TorchStyle,
@@ -449,7 +448,7 @@ def check_state(self:TorchStyle,
             s = state.get(p)
             if not s: continue
             slots, keeps = kept(flags_on(spec.flags, p, {}))
-            for n in sorted(set(s) - keeps - set(LOST_BITS if group['weights'] is not None else ())): raise ValueError(f"The saved state is of another optimizer: it has '{n}', which {name}, with the options of its group, does not keep")
+            for n in sorted(set(s) - keeps - set(BESIDE_WEIGHTS if group['weights'] is not None else ())): raise ValueError(f"The saved state is of another optimizer: it has '{n}', which {name}, with the options of its group, does not keep")
             for n in sorted(keeps - set(s) - set(self.column.inner)): raise ValueError(f"The saved state is of another optimizer: it has no '{n}', which {name} keeps")
             for n in slots:
                 if torch.is_tensor(s[n]) and s[n].shape != p.shape: raise ValueError(f"The saved '{n}' of a parameter of {describe(p)} is {describe(s[n])}: is it the state of another model?")
