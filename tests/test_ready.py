@@ -223,10 +223,19 @@ class Transfers(TorchDispatchMode):
         if any(torch.is_tensor(t) and t.device.type == 'cpu' for t in tree_leaves((args, kwargs, res))): self.seen[str(func)] += 1
         return res
 
+@lru_cache(None)
+def copies_without_data():
+    "Does PyTorch copy tensors without data on CUDA where there is no driver? Its oldest versions do not"
+    with FakeTensorMode():
+        try: torch.empty(1, device='cuda').copy_(torch.empty(1, device='cuda'))
+        except RuntimeError: return False
+    return True
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
 @pytest.mark.parametrize('name,kwargs', [pytest.param(n, {}, id=n) for n in NAMES] + [pytest.param(n, k, id=f'{n}-{show(k)}') for n,k,ways in VARIANTS if 'foreach' in ways])
 def test_foreach_waits_once_on_a_gpu(name, kwargs, dtype, monkeypatch):
     "On CUDA nothing is uploaded, scalars that differ neither, and the norms of all parameters are read at once (shown on tensors without data)"
+    if not copies_without_data(): pytest.skip('no copies without a driver')
     waits = []
     def tolist(t):
         waits.append(t.shape)
