@@ -12,7 +12,8 @@ from fastai.basics import *
 from torch import Tensor, nn
 
 from .attach import attaches
-from ..optimizer.attach import Attachment, average_weights, same_objects
+from ..optimizer.attach import Attachment, average_weights
+from ..optimizer.plan import same_objects
 
 # %% auto #0
 __all__ = ['check_count', 'AveragingCallback', 'copies', 'copy_into', 'fitted', 'EMACallback', 'batch_norms', 'update_bn',

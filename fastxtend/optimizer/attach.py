@@ -8,26 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from operator import is_
 
 import torch
 from fastcore.all import noop
 from torch import Tensor
 
+from .plan import same_objects
 from .steppers import Composition, compose, folded, minimum, slot, sqrt, stepper, summed
 
 # %% auto #0
-__all__ = ['clip_known', 'same_objects', 'Attachment', 'clip_gradients', 'scale_gradients', 'unscaling', 'average_weights',
-           'clear_gradients', 'look_at_gradients', 'read_together', 'sums_only']
+__all__ = ['clip_known', 'Attachment', 'clip_gradients', 'scale_gradients', 'unscaling', 'average_weights', 'clear_gradients',
+           'look_at_gradients', 'read_together', 'sums_only']
 
 # %% ../../nbs/optimizer.attach.ipynb #db19a91f
-def same_objects(
-    a:list, # Any objects
-    b:list, # Any objects
-) -> bool:
-    "Are these the same objects, in the same order?"
-    return len(a) == len(b) and all(map(is_, a, b))
-
 @dataclass(eq=False)
 class Attachment:
     "What somebody adds to the next step of an optimizer. It belongs to neither the state nor the hyperparameters"

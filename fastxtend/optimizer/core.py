@@ -15,10 +15,10 @@ from fastai.optimizer import Optimizer
 from fastai.torch_basics import *
 from torch import Tensor
 
-from .attach import same_objects, sums_only
+from .attach import sums_only
 from .batch import RANGES, Batch, as_number, check_batch, check_hyper, check_params, check_tensors, copy_like, describe, fields_of, lay_out, no_such, shards
 from .formats import BESIDE_WEIGHTS, NOTHING, ROOTS, WEIGHTS, weights_format
-from .plan import Engine, Plan, expected, look, make_plan, meet, run
+from .plan import Engine, Plan, expected, look, make_plan, meet, run, same_objects
 from .probe import STRIDES, Probe, is_sharded, sharing_memory
 from .report import Report, bytes_of, formats, row_of, tensors_in
 from .steppers import Composition, Slot, compose, picked, switches

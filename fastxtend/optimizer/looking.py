@@ -142,8 +142,14 @@ def objects_are_known() -> bool:
     items = [torch.ones(1), 'a', 3]
     return all(_word(id(o) + _TYPE) == id(type(o)) for o in items) and all(_word(_word(id(items) + _ITEMS) + 8*i) == id(o) for i,o in enumerate(items))
 
+def _same(a, b, n):
+    x, y = i64_ptr(i64_ptr(a + _ITEMS)[0]), i64_ptr(i64_ptr(b + _ITEMS)[0])
+    for k in range(n):
+        if x[k] != y[k]: return False
+    return True
+
 def compiled_probe():
-    "`probe` in compiled code, or `None` if PyTorch does not tell what is needed for it"
+    "`probe` in compiled code, or `None` if PyTorch does not tell what is needed for it. Its attribute `same` compares the objects of two lists"
     describe, py = _describer(), ctypes.pythonapi
     impl = where_keys_are() if describe and objects_are_known() else None
     if not impl: return None
@@ -151,6 +157,7 @@ def compiled_probe():
     plain, kinds = (id(Tensor), id(nn.Parameter), id(NOTHING)), np.array(list(map(_kind, DTYPES[:NONE])))
     sig = types.void(types.UniTuple(i64, 2), types.UniTuple(i64, 3), types.UniTuple(i64, 3), *[i64]*7)
     fill = with_cache(lambda cache: njit(sig, cache=cache, error_model='numpy')(_fill))
+    same = with_cache(lambda cache: njit(types.boolean(i64, i64, i64), cache=cache, error_model='numpy')(_same))
     kinds_at = address_of(kinds)
     def compiled(*tensors, beside=0):
         lists, infos, res = list(map(list, tensors)), np.empty(2*_INFO, np.int64), Probe.empty(len(tensors[0]), len(tensors))
@@ -159,4 +166,5 @@ def compiled_probe():
         fill(functions, plain, impl, kinds_at, address_of(infos), address_of(ids), len(lists), beside, address_of(res.table), len(res.table))
         return res
     compiled.kinds = kinds # stays where it is
+    compiled.same = lambda a, b: len(a) == len(b) and same(id(a), id(b), len(a))
     return compiled

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import is_
 from warnings import warn
 
 import numpy as np
@@ -20,8 +21,8 @@ from .steppers import Composition
 
 # %% auto #0
 __all__ = ['ENGINES', 'INSTALL', 'SHARES', 'SHARDED', 'Engine', 'Work', 'kind_of', 'kernels_for', 'error_of', 'warn_once',
-           'compiled', 'look', 'Part', 'Plan', 'why', 'expected', 'odd_extents', 'find_tangled', 'meet', 'make_plan',
-           'run', 'share']
+           'compiled', 'same_objects', 'look', 'Part', 'Plan', 'why', 'expected', 'odd_extents', 'find_tangled', 'meet',
+           'make_plan', 'run', 'share']
 
 # %% ../../nbs/optimizer.plan.ipynb #bdc9cd66
 class Engine:
@@ -145,6 +146,14 @@ def compiled():
     "`probe` in compiled code, or `None` where there is no Numba that works or no PyTorch that describes tensors to C"
     try: return importlib.import_module('fastxtend.optimizer.looking').compiled_probe()
     except Exception: return None
+
+def same_objects(
+    a:list, # Any objects
+    b:list, # Any objects
+) -> bool:
+    "Are these the same objects, in the same order?"
+    if type(a) is list and type(b) is list and (fast := compiled()): return fast.same(a, b)
+    return len(a) == len(b) and all(map(is_, a, b))
 
 def look(
     batch:Batch, # What is about to step
