@@ -4,8 +4,8 @@ import ctypes, gc, os, random, sys
 import pytest
 from common import *
 
-STEPS = int(os.environ.get('FASTXTEND_SOAK_STEPS', 300)) # of each optimizer on each backend; 12500 make 100,000 of each backend
-WARM = STEPS//3 # Caches are full by then
+STEPS = int(os.environ.get('FASTXTEND_SOAK_STEPS', 200)) # of each optimizer on each backend; 12500 make 100,000 of each backend
+WARM = STEPS//2 # Caches are full by then
 GROWTH = 2 # MiB of resident memory that may be added after that; one tensor kept each step would be more in a real soak
 DRIFT = 1e-4 # Difference of weights from native, relative to the greatest in each. Native's own from native in float64 is up to 2e-5
 
