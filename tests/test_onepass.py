@@ -138,7 +138,9 @@ def test_all_at_once(name, case):
     (native, scales), (fused, fused_scales) = run('native', NativeClip), run('fused', GradientClip, [ClearGradients(), taken])
     assert scales == fused_scales and len(set(scales)) > 3
     assert taken.seen.count({'unscale', 'clip', 'average', 'clear'}) > len(taken.seen)//2
-    assert_close(native, fused, WITHIN[case['dtype']]/torch.finfo(case['dtype']).eps)
+    # Muon magnifies what was rounded: in float32, native and fused are each 2e-5 to 5e-5 away from native in float64, and 6e-4 was seen in an average
+    magnified = 20 if case['dtype'] == torch.float32 and takes_whole(name) else 1
+    assert_close(native, fused, magnified*WITHIN[case['dtype']]/torch.finfo(case['dtype']).eps)
 
 @pytest.mark.parametrize('clip', [None, .6], ids=['free', 'clipped'])
 @pytest.mark.parametrize('name', NAMES)
