@@ -1,5 +1,5 @@
 "Settings of all tests: nothing random from run to run, and no window for a plot"
-import os, zlib
+import gc, os, zlib
 from collections import Counter
 
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -42,6 +42,13 @@ def pytest_collection_modifyitems(config, items):
     kept = few_of_each([*filter(runs, items)], len(items) if everything else few)
     if dropped := {*items} - {*kept}: config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+
+def pytest_collection_finish(session):
+    "What is there before the first test stays to the end: the garbage collector need not look at it time and again"
+    gc.collect()
+    gc.freeze()
+
+def pytest_sessionfinish(session): gc.unfreeze()
 
 @pytest.fixture(autouse=True)
 def products_in_float32(monkeypatch):
