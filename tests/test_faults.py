@@ -118,16 +118,18 @@ def test_the_look_reads_no_data():
     assert printed(PROBE_BETWEEN_GUARDS, 'any') == 'read none'
 
 def test_the_look_finds_its_way_within_tensors(monkeypatch):
-    "Where PyTorch keeps a tensor's dispatch keys is found by reading the memory of tensors, and none besides"
+    "Where PyTorch keeps a tensor's dispatch keys and its data is found by reading the memory of tensors and storages, and none besides"
     looking = pytest.importorskip('fastxtend.optimizer.looking')
-    room, read = 8*looking._MOST, []
+    room, stored, read = 8*looking._MOST, 8*looking._MOST_OF_STORAGE, []
     monkeypatch.setattr(looking, '_word', lambda address, word=looking._word: read.append(address) or word(address))
     made, raw = [], looking._raw
     dispatch_keys = torch._C._dispatch_keys
     monkeypatch.setattr(torch._C, '_dispatch_keys', lambda t: made.append(t) or dispatch_keys(t))
-    at, keys, _ = looking.where_keys_are()
-    assert read and all(any(0 <= a - id(t) < Tensor.__basicsize__ or 0 <= a - t._cdata < room for t in made) for a in read)
+    at, keys, _, storage, data = looking.where_in_tensors()
+    with_data = [t for t in made if not t._is_zerotensor()]
+    assert read and all(any(0 <= a - id(t) < Tensor.__basicsize__ or 0 <= a - t._cdata < room for t in made) or any(0 <= a - t.untyped_storage()._cdata < stored for t in with_data) for a in read)
     for t in made: assert looking._word(id(t) + at) == t._cdata and looking._word(t._cdata + keys) == raw(dispatch_keys(t))
+    for t in with_data: assert looking._word(looking._word(t._cdata + storage) + data) == t.data_ptr()
 
 # Memory that there is not
 

@@ -1,4 +1,5 @@
 "What a step does when something it would like to have is missing, and what it does not do again when nothing has changed"
+import ctypes, random
 from collections import Counter
 
 import pytest
@@ -79,6 +80,81 @@ def test_python_looks_at_strange_tensors(looks):
         opt.step()
     assert len(looks) >= 3
     assert torch.equal(params[0], torch.full((3,), .97)) and torch.equal(params[1], torch.full((3,), 1.03))
+
+# --- A compiled look
+
+@pytest.fixture
+def described(monkeypatch):
+    "Addresses of the tensors that PyTorch was asked to describe, by a compiled look that is made anew"
+    looking, asked = pytest.importorskip('fastxtend.optimizer.looking'), []
+    if COMPILED() is None: pytest.skip('no compiled look')
+    signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    describe = signature(looking._describer())
+    def counted(obj, info):
+        asked.append(obj)
+        return describe(obj, info)
+    counted = signature(counted)
+    monkeypatch.setattr(looking, '_describer', lambda: looking._address(counted))
+    fast = looking.compiled_probe()
+    monkeypatch.setattr(plan, 'compiled', lambda: fast)
+    yield asked
+    del counted
+
+@pytest.mark.parametrize('name', NAMES)
+def test_only_what_is_new_is_described(name, described):
+    "Nothing in a step whose tensors are where they were; gradients that are made anew, and nothing else"
+    params = make_params(MIXED)
+    opt = build(name, params, 'fused')
+    set_grads(params, make_grads(tuple(MIXED), steps=1)[0])
+    kept = [p.grad for p in params]
+    for _ in range(6): opt.step() # all kinds of steps that there are
+    ours = {id(t) for p in params for t in (p, *opt.state[p].values())}
+    for _ in range(6):
+        described.clear()
+        opt.step()
+        assert not {*ours, *map(id, kept)} & set(described) # there may be room for whole tensors, which is new in each step
+    described.clear()
+    set_grads(params, kept)
+    opt.step()
+    assert not ours & set(described) and {id(p.grad) for p in params} <= set(described)
+
+def _six(*size): return torch.randn(2, 1, *size, 1, 1)
+
+HAPPENS = dict(
+    nothing=lambda t: None, written=lambda t: t.add_(1), moved=lambda t: setattr(t, 'data', t.data.clone()), transposed=lambda t: t.transpose_(0, -1), turned=lambda t: setattr(t, 'data', t.data.transpose(0, -1)),
+    double=lambda t: setattr(t, 'data', t.data.double()), single=lambda t: setattr(t, 'data', t.data.float()), longer=lambda t: t.resize_(40, 3), back=lambda t: t.resize_(3, 4), six=lambda t: setattr(t, 'data', _six(3, 4)),
+    strided=lambda t: t.as_strided_((3, 4), (1, 3)), set=lambda t: t.set_(torch.randn(3, 4)), view=lambda t: t.set_(torch.randn(5, 4)[1:4]), shifted=lambda t: t.set_(t.untyped_storage(), 0, (2, 4), (4, 1)),
+    storage=lambda t: t.untyped_storage().resize_(4096), grows=lambda t: t.requires_grad_(), stops=lambda t: t.requires_grad_(False), expanded=lambda t: setattr(t, 'data', t.data[:1].expand(3, *t.shape[1:])),
+    squeezed=lambda t: t.unsqueeze_(0), narrow=lambda t: setattr(t, 'data', t.data[:, :2]), subclass=lambda t: setattr(t, '__class__', Other), plain=lambda t: setattr(t, '__class__', torch.Tensor))
+REPLACES = dict(
+    new=lambda: torch.randn(3, 4), six=lambda: _six(3, 4), negated=lambda: torch._neg_view(torch.randn(3, 4)), sparse=lambda: torch.randn(3, 4).to_sparse(), meta=lambda: torch.empty(3, 4, device='meta'), none=lambda: None,
+    parameter=lambda: torch.nn.Parameter(torch.randn(3, 4)), half=lambda: torch.randn(3, 4).half(), whole=lambda: torch.ones(3, 4, dtype=torch.int64), zeros=lambda: torch._efficientzerotensor(3, 4), scalar=lambda: torch.randn(()), empty=lambda: torch.randn(0, 4))
+
+class Other(torch.Tensor): pass
+
+@pytest.mark.parametrize('seed', range(8 if not SOAK else 400))
+def test_a_look_that_goes_on_sees_everything(seed):
+    "Whatever happens to tensors, in whatever order, the compiled look that remembers finds what Python finds without"
+    if COMPILED() is None: pytest.skip('no compiled look')
+    rng = random.Random(seed)
+    lists = [[torch.randn(3, 4) for _ in range(6)] for _ in range(3)]
+    seen, same = None, Counter()
+    for _ in range(300):
+        for _ in range(rng.choice((0, 1, 1, 2, 5))):
+            ts, i, what = rng.choice(lists), rng.randrange(6), rng.choice([*HAPPENS, *REPLACES, *['all']*8])
+            if what == 'all': # which kernels take again
+                for other in lists: other[:] = [torch.randn(3, 4) for _ in other]
+            elif what in REPLACES: ts[i] = REPLACES[what]()
+            elif ts[i] is not None and ts[i].layout is torch.strided and not (ts[i].is_meta or ts[i]._is_zerotensor()):
+                try:
+                    with torch.no_grad(): HAPPENS[what](ts[i])
+                except Exception: pass # not every tensor can be treated like that
+        expected = probe.probe(*lists)
+        last, seen = seen, COMPILED()(*lists, last=seen)
+        assert np.array_equal(seen.table, expected.table)
+        same[seen is last] += 1
+        if last is not None: assert np.array_equal(COMPILED()(*lists, last=last).table, expected.table) # one that others have gone on from
+    assert same[True] and same[False]
 
 # --- Sets of parameters with gradients that change
 

@@ -16,7 +16,7 @@ from .formats import BLOCK, NOTHING
 from .probe import BESIDE, CODES, DEVICE, DTYPE, DTYPES, NONE, OK, SHAPE, SLOTS, STRIDES, UNREADABLE, WORDS, Probe
 
 # %% auto #0
-__all__ = ['where_keys_are', 'objects_are_known', 'compiled_probe']
+__all__ = ['where_in_tensors', 'objects_are_known', 'Known', 'compiled_probe']
 
 # %% ../../nbs/optimizer.looking.ipynb #47be5339
 _call_describe = c_function(types.int32, 2) # PyTorch's: a tensor, and where to write the description
@@ -49,73 +49,121 @@ def _is_dense(ndim, shape, strides):
     return True
 
 # %% ../../nbs/optimizer.looking.ipynb #5e0c12fb
-def _fill(functions, plain, impl, kinds, infos, lists, n, beside, table, n_params):
-    info = i64_ptr(infos)
+@_inner
+def _items(a_list): return i64_ptr(i64_ptr(a_list + _ITEMS)[0])
+
+def _fill(functions, plain, where, kinds, lists, n_params, n, beside, table, memory, info):
+    "Bring `table` and `memory` up to date. Was anything else than before?"
+    kinds, lists, words, news = i64_ptr(kinds), _items(lists), _words(where), False
     for t in range(n_params):
-        at = table + 8*(3 + 2*n)*t
-        row, dtypes = i64_ptr(at), i64_ptr(at + 8*3)
-        row[0] = _look_at(functions, plain, impl, i64_ptr(kinds), i64_ptr(lists), n, beside, t, dtypes, i64_ptr(at + 8*(3 + n)), infos)
-        if row[0] == OK: row[1], row[2] = _size(info[2] & 0xffffffff, i64_ptr(info[3])), info[1]
+        at, kept = table + 8*(3 + 2*n)*t, memory + 8*(_INFO + words*n)*t
+        row, dtypes, first = i64_ptr(at), i64_ptr(at + 8*3), i64_ptr(kept)
+        row[0], is_new = _look_at(functions, plain, where, kinds, lists, n, beside, t, dtypes, i64_ptr(at + 8*(3 + n)), info, kept)
+        news |= is_new
+        if row[0] == OK: row[1], row[2] = _size(first[2] & 0xffffffff, i64_ptr(first[3])), first[1]
         else:
-            for k in range(n): dtypes[k] = 0
+            for x in range(1, 3 + 2*n): row[x] = 0
+            for k in range(n): i64_ptr(kept + 8*(_INFO + words*k))[0] = 0
+    return news
 
 @_inner
-def _look_at(functions, plain, impl, kinds, lists, n, beside, t, dtypes, addresses, infos):
-    "Describe the tensors at position `t` of all `lists`; the reason why a kernel cannot take them, if there is one"
+def _look_at(functions, plain, where, kinds, lists, n, beside, t, dtypes, addresses, info, kept):
+    "Describe the tensors at position `t` of all `lists`, but for those that are as they were. The reason why a kernel cannot take them, if there is one; and was there any to describe?"
     describe, clear = functions
+    first, words, is_new, as_before = i64_ptr(kept), _words(where), False, True
     for k in range(n):
-        at, obj = infos + 8*_INFO*(k > 0), i64_ptr(i64_ptr(lists[k] + _ITEMS)[0])[t]
+        at, obj, own = info if k else kept, _items(lists[k])[t], i64_ptr(kept + 8*(_INFO + words*k))
         is_beside = k >= n - beside
         if is_beside and obj == plain[2]:
-            dtypes[k], addresses[k] = NONE, 0
+            is_new |= dtypes[k] != NONE
+            dtypes[k], addresses[k], own[0] = NONE, 0, 0
             continue
         typ = i64_ptr(obj + _TYPE)[0]
-        if not ((typ == plain[0] or typ == plain[1]) and _keys(obj, impl) & impl[2] == 0 and _call_describe(describe, obj, at) == 0):
+        is_plain = typ == plain[0] or typ == plain[1]
+        if is_plain and as_before and _is_as_kept(obj, where, own): continue
+        is_new, as_before = True, as_before and k > 0
+        if not (is_plain and _keys(obj, where) & where[2] == 0 and _call_describe(describe, obj, at) == 0):
             _call_clear(clear)
-            return UNREADABLE
-        first, info = i64_ptr(infos), i64_ptr(at)
-        addresses[k] = info[0] + info[5]
-        if info[1] != first[1]: return DEVICE
+            return UNREADABLE, True
+        this = i64_ptr(at)
+        addresses[k] = this[0] + this[5]
+        if this[1] != first[1]: return DEVICE, True
         code, end = BESIDE if is_beside else 0, NONE if is_beside else SLOTS if k > 1 else CODES
-        while code < end and kinds[code] != info[2] >> 32: code += 1
-        if code == end: return DTYPE
+        while code < end and kinds[code] != this[2] >> 32: code += 1
+        if code == end: return DTYPE, True
         dtypes[k] = code
-        ndim, shape, strides = info[2] & 0xffffffff, i64_ptr(info[3]), i64_ptr(info[4])
+        ndim, shape, strides = this[2] & 0xffffffff, i64_ptr(this[3]), i64_ptr(this[4])
         ndim_0, shape_0, strides_0 = first[2] & 0xffffffff, i64_ptr(first[3]), i64_ptr(first[4])
         if code >= WORDS:
-            if ndim != 1 or shape[0] != -(-_size(ndim_0, shape_0)//BLOCK): return SHAPE
-            if shape[0] > 1 and strides[0] != 1: return STRIDES
+            if ndim != 1 or shape[0] != -(-_size(ndim_0, shape_0)//BLOCK): return SHAPE, True
+            if shape[0] > 1 and strides[0] != 1: return STRIDES, True
         elif k == 0:
-            if not _is_dense(ndim, shape, strides): return STRIDES
+            if not _is_dense(ndim, shape, strides): return STRIDES, True
         else:
-            if ndim != ndim_0: return SHAPE
+            if ndim != ndim_0: return SHAPE, True
             for d in range(ndim):
-                if shape[d] != shape_0[d]: return SHAPE
-                if strides[d] != strides_0[d] and shape[d] > 1: return STRIDES
-    return OK
+                if shape[d] != shape_0[d]: return SHAPE, True
+            for d in range(ndim):
+                if strides[d] != strides_0[d] and shape[d] > 1: return STRIDES, True
+        _keep(obj, where, this, own)
+    return OK, is_new
 
 # %% ../../nbs/optimizer.looking.ipynb #0bec2cb0
-@_inner
-def _keys(obj, impl):
-    "The dispatch keys of the tensor `obj`"
-    return i64_ptr(i64_ptr(obj + impl[0])[0] + impl[1])[0]
-
-_MOST = 23 # words of 8 bytes, which a tensor's memory has at most
+_MOST, _MOST_OF_STORAGE = 23, 6 # words of 8 bytes, in which to look
 
 def _raw(keys): return keys.raw_repr()
 
 def _word(address): return ctypes.c_uint64.from_address(address).value
 
-def where_keys_are() -> tuple[int, int, int]|None: # Offset of the pointer in the Python object, offset of the keys, bits that forbid a kernel
-    "Where a tensor keeps its set of dispatch keys; `None` if that cannot be told for certain"
-    plain = torch.ones(2)
-    examples = [plain, torch._neg_view(torch.ones(2)), torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.complex64).conj(), torch._efficientzerotensor(2)]
-    try: keys = [_raw(torch._C._dispatch_keys(t)) for t in examples]
+def _found(tensors, words, begins, what):
+    "Offset of the word that is `what(t)` behind `begins(t)`, for all `tensors`"
+    return next((8*k for k in words if all(_word(begins(t) + 8*k) == what(t) for t in tensors)), None)
+
+def where_in_tensors() -> tuple[int, ...]|None: # Offset of the pointer in the Python object, offset of the keys, bits that forbid a kernel, offset of the storage, and in there of the pointer to data
+    "Where a tensor keeps its set of dispatch keys, and its data; `None` if that cannot be told for certain"
+    plain, foreign = torch.ones(2), torch.from_numpy(np.ones(2))
+    stored = [plain, foreign, torch._neg_view(torch.ones(2)), torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.complex64).conj()]
+    examples = [*stored, torch._efficientzerotensor(2)]
+    try: keys = {id(t): _raw(torch._C._dispatch_keys(t)) for t in examples}
     except AttributeError: return None
-    at = next((o for o in range(object.__basicsize__, Tensor.__basicsize__, 8) if all(_word(id(t) + o) == t._cdata for t in examples)), None)
-    found = next((k*8 for k in range(2, _MOST) if all(_word(t._cdata + k*8) == v for t,v in zip(examples, keys))), None)
-    if at is None or found is None or len(set(keys)) < 4: return None
-    return at, found, (keys[1] | keys[3] | keys[4]) & ~keys[0] & ~_raw(torch._C._dispatch_keys(torch.ones(2, dtype=torch.complex64)))
+    def memory(t): return t._cdata
+    def storage(t): return t.untyped_storage()._cdata
+    at = _found(examples, range(object.__basicsize__//8, Tensor.__basicsize__//8), id, memory)
+    found = _found(examples, range(2, _MOST), memory, lambda t: keys[id(t)]), _found(stored, range(2, _MOST), memory, storage), _found(stored, range(2, _MOST_OF_STORAGE), storage, Tensor.data_ptr)
+    own, _, neg, _, conj, zero = map(keys.get, map(id, examples))
+    if at is None or None in found or len({own, neg, conj, zero}) < 4: return None
+    return at, found[0], (neg | conj | zero) & ~own & ~_raw(torch._C._dispatch_keys(torch.ones(2, dtype=torch.complex64))), *found[1:]
+
+# %% ../../nbs/optimizer.looking.ipynb #100bc23b
+@_inner
+def _memory_of(obj, where): return i64_ptr(obj + where[0])[0]
+
+@_inner
+def _keys(obj, where): "The dispatch keys of the tensor `obj`"; return i64_ptr(_memory_of(obj, where) + where[1])[0]
+
+@_inner
+def _words(where): "How many words are kept of a tensor: two addresses, in the place of its first two words, and the others up to its keys"; return where[1]//8 + 1
+
+@_inner
+def _data_of(memory, where): "Where the data of its storage begin"; return i64_ptr(i64_ptr(memory + where[3])[0] + where[4])[0]
+
+@_inner
+def _is_as_kept(obj, where, kept):
+    "Is the memory of the tensor `obj` what it was when it was described?"
+    memory = _memory_of(obj, where)
+    if kept[0] != memory: return False
+    now, differs = i64_ptr(memory), 0
+    for w in range(2, _words(where)): differs |= now[w] ^ kept[w]
+    return differs == 0 and _data_of(memory, where) == kept[1]
+
+@_inner
+def _keep(obj, where, info, kept):
+    "Keep the memory of the tensor `obj`, if all that was described lies in there"
+    memory = _memory_of(obj, where)
+    now, kept[0] = i64_ptr(memory), 0
+    if not (memory < info[3] < memory + where[1] and memory < info[4] < memory + where[1]): return
+    for w in range(2, _words(where)): kept[w] = now[w]
+    kept[0], kept[1] = memory, _data_of(memory, where)
 
 # %% ../../nbs/optimizer.looking.ipynb #71ab2e1e
 def _describer():
@@ -143,28 +191,40 @@ def objects_are_known() -> bool:
     return all(_word(id(o) + _TYPE) == id(type(o)) for o in items) and all(_word(_word(id(items) + _ITEMS) + 8*i) == id(o) for i,o in enumerate(items))
 
 def _same(a, b, n):
-    x, y = i64_ptr(i64_ptr(a + _ITEMS)[0]), i64_ptr(i64_ptr(b + _ITEMS)[0])
+    x, y = _items(a), _items(b)
     for k in range(n):
         if x[k] != y[k]: return False
     return True
 
+class Known:
+    "What is known of the tensors of a step, and how their memory was when that was found out"
+    def __init__(self,
+        form:tuple, # How many parameters, how many tensors each has, and how many of these are beside others
+        words:int, # How many words are kept of a tensor
+    ):
+        n_params, n, _ = self.form = form
+        self.table, self.memory, self.info = Probe.empty(n_params, n).table, np.zeros((n_params, _INFO + words*n), np.int64), np.empty(_INFO, np.int64)
+        self.at, self.changes = tuple(map(address_of, (self.table, self.memory, self.info))), 0
+
 def compiled_probe():
     "`probe` in compiled code, or `None` if PyTorch does not tell what is needed for it. Its attribute `same` compares the objects of two lists"
     describe, py = _describer(), ctypes.pythonapi
-    impl = where_keys_are() if describe and objects_are_known() else None
-    if not impl: return None
-    functions = describe, _address(py.PyErr_Clear)
+    where = where_in_tensors() if describe and objects_are_known() else None
+    if not where: return None
+    functions, words = (describe, _address(py.PyErr_Clear)), where[1]//8 + 1
     plain, kinds = (id(Tensor), id(nn.Parameter), id(NOTHING)), np.array(list(map(_kind, DTYPES[:NONE])))
-    sig = types.void(types.UniTuple(i64, 2), types.UniTuple(i64, 3), types.UniTuple(i64, 3), *[i64]*7)
+    sig = types.boolean(types.UniTuple(i64, 2), types.UniTuple(i64, 3), types.UniTuple(i64, 5), *[i64]*8)
     fill = with_cache(lambda cache: njit(sig, cache=cache, error_model='numpy')(_fill))
     same = with_cache(lambda cache: njit(types.boolean(i64, i64, i64), cache=cache, error_model='numpy')(_same))
     kinds_at = address_of(kinds)
-    def compiled(*tensors, beside=0):
-        lists, infos, res = list(map(list, tensors)), np.empty(2*_INFO, np.int64), Probe.empty(len(tensors[0]), len(tensors))
-        if {*map(len, lists)} != {len(res.table)}: raise ValueError("There have to be as many tensors in each list")
-        ids = np.array(list(map(id, lists)))
-        fill(functions, plain, impl, kinds_at, address_of(infos), address_of(ids), len(lists), beside, address_of(res.table), len(res.table))
-        return res
+    def compiled(*tensors, beside=0, last=None):
+        lists = [ts if type(ts) is list else list(ts) for ts in tensors]
+        n_params, n, _ = form = len(lists[0]), len(lists), beside
+        if {*map(len, lists)} != {n_params}: raise ValueError("There have to be as many tensors in each list")
+        known, changes = last.known if last is not None and last.known else (None, None)
+        if known is None or known.form != form: known, changes = Known(form, words), None
+        known.changes += fill(functions, plain, where, kinds_at, id(lists), *form, *known.at)
+        return last if known.changes == changes else Probe(known.table.copy(), n, known=(known, known.changes))
     compiled.kinds = kinds # stays where it is
     compiled.same = lambda a, b: len(a) == len(b) and same(id(a), id(b), len(a))
     return compiled

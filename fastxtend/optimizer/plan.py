@@ -161,7 +161,7 @@ def look(
 ) -> Probe:
     "Where all tensors are, and which parameters a kernel can take"
     fast, tensors = compiled(), batch.tensors()
-    return fast(*tensors, beside=len(batch.beside)) if fast else recalled(last, *tensors) or remembered(probe(*tensors, beside=len(batch.beside)), *tensors)
+    return fast(*tensors, beside=len(batch.beside), last=last) if fast else recalled(last, *tensors) or remembered(probe(*tensors, beside=len(batch.beside)), *tensors)
 
 # %% ../../nbs/optimizer.plan.ipynb #3f62c085
 @dataclass(frozen=True)

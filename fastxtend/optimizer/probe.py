@@ -35,6 +35,7 @@ class Probe:
     table:np.ndarray # All columns: (parameters, 3 + 2*tensors) of int64
     n_tensors:int # How many tensors a parameter has: itself, its gradient, its slots
     holds:object=None # Tells if all but the addresses is still so, where Python looks
+    known:tuple=None # What the compiled look goes on from, and which state of it this is
 
     @classmethod
     def empty(cls, n_params, n_tensors): return cls(np.zeros((n_params, 3 + 2*n_tensors), np.int64), n_tensors)
@@ -61,7 +62,7 @@ class Probe:
 
     def mixed(self) -> np.ndarray: "Which parameters have tensors of another dtype than their own?"; return (self.dtypes != self.dtypes[:, :1]).any(1)
 
-    def __eq__(self, other): return self.n_tensors == other.n_tensors and self.table.tobytes() == other.table.tobytes()
+    def __eq__(self, other): return self is other or self.n_tensors == other.n_tensors and self.table.tobytes() == other.table.tobytes()
 
 # %% ../../nbs/optimizer.probe.ipynb #a844b015
 def is_dense(
