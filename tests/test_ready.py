@@ -93,12 +93,11 @@ def described(monkeypatch):
     def counted(obj, info):
         asked.append(obj)
         return describe(obj, info)
-    counted = signature(counted)
-    monkeypatch.setattr(looking, '_describer', lambda: looking._address(counted))
+    called = signature(counted) # as long as the test runs
+    monkeypatch.setattr(looking, '_describer', lambda: looking._address(called))
     fast = looking.compiled_probe()
     monkeypatch.setattr(plan, 'compiled', lambda: fast)
-    yield asked
-    del counted
+    return asked
 
 @pytest.mark.parametrize('name', NAMES)
 def test_only_what_is_new_is_described(name, described):
