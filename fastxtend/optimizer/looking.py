@@ -54,59 +54,58 @@ def _items(a_list): return i64_ptr(i64_ptr(a_list + _ITEMS)[0])
 
 def _fill(functions, plain, where, kinds, lists, n_params, n, beside, table, memory, info):
     "Bring `table` and `memory` up to date. Was anything else than before?"
-    kinds, lists, words, news = i64_ptr(kinds), _items(lists), _words(where), False
+    describe, clear = functions
+    kinds, lists, words, news = i64_ptr(kinds), _items(lists), where[1]//8 + 1, False
     for t in range(n_params):
-        at, kept = table + 8*(3 + 2*n)*t, memory + 8*(_INFO + words*n)*t
-        row, dtypes, first = i64_ptr(at), i64_ptr(at + 8*3), i64_ptr(kept)
-        row[0], is_new = _look_at(functions, plain, where, kinds, lists, n, beside, t, dtypes, i64_ptr(at + 8*(3 + n)), info, kept)
-        news |= is_new
-        if row[0] == OK: row[1], row[2] = _size(first[2] & 0xffffffff, i64_ptr(first[3])), first[1]
+        at, kept, reason, as_before = table + 8*(3 + 2*n)*t, memory + 8*(_INFO + words*n)*t, OK, True
+        row, dtypes, addresses, first = i64_ptr(at), i64_ptr(at + 8*3), i64_ptr(at + 8*(3 + n)), i64_ptr(kept)
+        for k in range(n):
+            obj, own, is_beside = _items(lists[k])[t], i64_ptr(kept + 8*(_INFO + words*k)), k >= n - beside
+            if is_beside and obj == plain[2]:
+                news |= dtypes[k] != NONE
+                dtypes[k], addresses[k], own[0] = NONE, 0, 0
+                continue
+            typ = i64_ptr(obj + _TYPE)[0]
+            tensor = i64_ptr(obj + where[0])[0] if typ == plain[0] or typ == plain[1] else 0
+            if tensor and as_before and _is_as_kept(tensor, where, own): continue
+            news, as_before, at = True, as_before and k > 0, info if k else kept
+            if tensor and i64_ptr(tensor + where[1])[0] & where[2] == 0 and _call_describe(describe, obj, at) == 0:
+                this = i64_ptr(at)
+                reason, dtypes[k] = _compared(this, first, kinds, k, is_beside)
+                addresses[k] = this[0] + this[5]
+            else:
+                _call_clear(clear)
+                reason = UNREADABLE
+            if reason != OK: break
+            _keep(tensor, where, this, own)
+        if reason == OK: row[1], row[2] = _size(first[2] & 0xffffffff, i64_ptr(first[3])), first[1]
         else:
             for x in range(1, 3 + 2*n): row[x] = 0
             for k in range(n): i64_ptr(kept + 8*(_INFO + words*k))[0] = 0
+        row[0] = reason
     return news
 
 @_inner
-def _look_at(functions, plain, where, kinds, lists, n, beside, t, dtypes, addresses, info, kept):
-    "Describe the tensors at position `t` of all `lists`, but for those that are as they were. The reason why a kernel cannot take them, if there is one; and was there any to describe?"
-    describe, clear = functions
-    first, words, is_new, as_before = i64_ptr(kept), _words(where), False, True
-    for k in range(n):
-        at, obj, own = info if k else kept, _items(lists[k])[t], i64_ptr(kept + 8*(_INFO + words*k))
-        is_beside = k >= n - beside
-        if is_beside and obj == plain[2]:
-            is_new |= dtypes[k] != NONE
-            dtypes[k], addresses[k], own[0] = NONE, 0, 0
-            continue
-        typ = i64_ptr(obj + _TYPE)[0]
-        is_plain = typ == plain[0] or typ == plain[1]
-        if is_plain and as_before and _is_as_kept(obj, where, own): continue
-        is_new, as_before = True, as_before and k > 0
-        if not (is_plain and _keys(obj, where) & where[2] == 0 and _call_describe(describe, obj, at) == 0):
-            _call_clear(clear)
-            return UNREADABLE, True
-        this = i64_ptr(at)
-        addresses[k] = this[0] + this[5]
-        if this[1] != first[1]: return DEVICE, True
-        code, end = BESIDE if is_beside else 0, NONE if is_beside else SLOTS if k > 1 else CODES
-        while code < end and kinds[code] != this[2] >> 32: code += 1
-        if code == end: return DTYPE, True
-        dtypes[k] = code
-        ndim, shape, strides = this[2] & 0xffffffff, i64_ptr(this[3]), i64_ptr(this[4])
-        ndim_0, shape_0, strides_0 = first[2] & 0xffffffff, i64_ptr(first[3]), i64_ptr(first[4])
-        if code >= WORDS:
-            if ndim != 1 or shape[0] != -(-_size(ndim_0, shape_0)//BLOCK): return SHAPE, True
-            if shape[0] > 1 and strides[0] != 1: return STRIDES, True
-        elif k == 0:
-            if not _is_dense(ndim, shape, strides): return STRIDES, True
-        else:
-            if ndim != ndim_0: return SHAPE, True
-            for d in range(ndim):
-                if shape[d] != shape_0[d]: return SHAPE, True
-            for d in range(ndim):
-                if strides[d] != strides_0[d] and shape[d] > 1: return STRIDES, True
-        _keep(obj, where, this, own)
-    return OK, is_new
+def _compared(this, first, kinds, k, is_beside):
+    "Why a kernel cannot take the tensor `k` of a parameter, of which `first` is the description, if there is a reason; and its dtype"
+    if this[1] != first[1]: return DEVICE, 0
+    code, end = BESIDE if is_beside else 0, NONE if is_beside else SLOTS if k > 1 else CODES
+    while code < end and kinds[code] != this[2] >> 32: code += 1
+    if code == end: return DTYPE, 0
+    ndim, shape, strides = this[2] & 0xffffffff, i64_ptr(this[3]), i64_ptr(this[4])
+    ndim_0, shape_0, strides_0 = first[2] & 0xffffffff, i64_ptr(first[3]), i64_ptr(first[4])
+    if code >= WORDS:
+        if ndim != 1 or shape[0] != -(-_size(ndim_0, shape_0)//BLOCK): return SHAPE, 0
+        if shape[0] > 1 and strides[0] != 1: return STRIDES, 0
+    elif k == 0:
+        if not _is_dense(ndim, shape, strides): return STRIDES, 0
+    else:
+        if ndim != ndim_0: return SHAPE, 0
+        for d in range(ndim):
+            if shape[d] != shape_0[d]: return SHAPE, 0
+        for d in range(ndim):
+            if strides[d] != strides_0[d] and shape[d] > 1: return STRIDES, 0
+    return OK, code
 
 # %% ../../nbs/optimizer.looking.ipynb #0bec2cb0
 _MOST, _MOST_OF_STORAGE = 23, 6 # words of 8 bytes, in which to look
@@ -136,33 +135,22 @@ def where_in_tensors() -> tuple[int, ...]|None: # Offset of the pointer in the P
 
 # %% ../../nbs/optimizer.looking.ipynb #100bc23b
 @_inner
-def _memory_of(obj, where): return i64_ptr(obj + where[0])[0]
-
-@_inner
-def _keys(obj, where): "The dispatch keys of the tensor `obj`"; return i64_ptr(_memory_of(obj, where) + where[1])[0]
-
-@_inner
-def _words(where): "How many words are kept of a tensor: two addresses, in the place of its first two words, and the others up to its keys"; return where[1]//8 + 1
-
-@_inner
 def _data_of(memory, where): "Where the data of its storage begin"; return i64_ptr(i64_ptr(memory + where[3])[0] + where[4])[0]
 
 @_inner
-def _is_as_kept(obj, where, kept):
-    "Is the memory of the tensor `obj` what it was when it was described?"
-    memory = _memory_of(obj, where)
+def _is_as_kept(memory, where, kept):
+    "Is the memory of a tensor what it was when the tensor was described?"
     if kept[0] != memory: return False
     now, differs = i64_ptr(memory), 0
-    for w in range(2, _words(where)): differs |= now[w] ^ kept[w]
+    for w in range(2, where[1]//8 + 1): differs |= now[w] ^ kept[w]
     return differs == 0 and _data_of(memory, where) == kept[1]
 
 @_inner
-def _keep(obj, where, info, kept):
-    "Keep the memory of the tensor `obj`, if all that was described lies in there"
-    memory = _memory_of(obj, where)
+def _keep(memory, where, info, kept):
+    "Keep the memory of a tensor, if all that was described lies in there: two addresses first, and then its words from the third on"
     now, kept[0] = i64_ptr(memory), 0
     if not (memory < info[3] < memory + where[1] and memory < info[4] < memory + where[1]): return
-    for w in range(2, _words(where)): kept[w] = now[w]
+    for w in range(2, where[1]//8 + 1): kept[w] = now[w]
     kept[0], kept[1] = memory, _data_of(memory, where)
 
 # %% ../../nbs/optimizer.looking.ipynb #71ab2e1e
