@@ -1573,6 +1573,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastxtend/optimizer/looking.py'),
                                              'fastxtend.optimizer.looking._size': ( 'optimizer.looking.html#_size',
                                                                                     'fastxtend/optimizer/looking.py'),
+                                             'fastxtend.optimizer.looking._tell_all': ( 'optimizer.looking.html#_tell_all',
+                                                                                        'fastxtend/optimizer/looking.py'),
                                              'fastxtend.optimizer.looking._word': ( 'optimizer.looking.html#_word',
                                                                                     'fastxtend/optimizer/looking.py'),
                                              'fastxtend.optimizer.looking.compiled_probe': ( 'optimizer.looking.html#compiled_probe',

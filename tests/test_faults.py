@@ -124,12 +124,20 @@ def test_the_look_finds_its_way_within_tensors(monkeypatch):
     monkeypatch.setattr(looking, '_word', lambda address, word=looking._word: read.append(address) or word(address))
     made, raw = [], looking._raw
     dispatch_keys = torch._C._dispatch_keys
+    monkeypatch.setattr(looking, '_tell_all', lambda keys: True) # reads what is before the keys of a tensor of its own
     monkeypatch.setattr(torch._C, '_dispatch_keys', lambda t: made.append(t) or dispatch_keys(t))
     at, keys, _, storage, data = looking.where_in_tensors()
     with_data = [t for t in made if not t._is_zerotensor()]
     assert read and all(any(0 <= a - id(t) < Tensor.__basicsize__ or 0 <= a - t._cdata < room for t in made) or any(0 <= a - t.untyped_storage()._cdata < stored for t in with_data) for a in read)
     for t in made: assert looking._word(id(t) + at) == t._cdata and looking._word(t._cdata + keys) == raw(dispatch_keys(t))
     for t in with_data: assert looking._word(looking._word(t._cdata + storage) + data) == t.data_ptr()
+
+def test_no_look_where_memory_does_not_tell(monkeypatch):
+    "The compiled look needs all that a description tells to be in the words that it keeps, and it sees if it is not"
+    looking = pytest.importorskip('fastxtend.optimizer.looking')
+    assert looking._tell_all(looking.where_in_tensors()[1]) and not looking._tell_all(looking.where_in_tensors()[3])
+    monkeypatch.setattr(looking, '_tell_all', lambda keys: False)
+    assert looking.where_in_tensors() is None and looking.compiled_probe() is None
 
 # Memory that there is not
 

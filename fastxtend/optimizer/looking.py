@@ -118,6 +118,17 @@ def _found(tensors, words, begins, what):
     "Offset of the word that is `what(t)` behind `begins(t)`, for all `tensors`"
     return next((8*k for k in words if all(_word(begins(t) + 8*k) == what(t) for t in tensors)), None)
 
+def _tell_all(keys):
+    "Do the words of a tensor's memory up to its keys change with each of its layout, place and dtype?"
+    t, seen = torch.ones(12), set()
+    def words(): return tuple(_word(t._cdata + o) for o in range(16, keys + 8, 8))
+    layouts = [((9,), (1,), 0), ((9,), (1,), 2), ((3, 2), (3, 1), 0), ((3, 3), (1, 3), 0), ((3, 3), (3, 1), 1), ((3, 3), (3, 1), 0)]
+    for layout in layouts:
+        t.as_strided_(*layout)
+        seen.add(words())
+    t.data = t.data.view(torch.int32)
+    return len({*seen, words()}) == len(layouts) + 1
+
 def where_in_tensors() -> tuple[int, ...]|None: # Offset of the pointer in the Python object, offset of the keys, bits that forbid a kernel, offset of the storage, and in there of the pointer to data
     "Where a tensor keeps its set of dispatch keys, and its data; `None` if that cannot be told for certain"
     plain, foreign = torch.ones(2), torch.from_numpy(np.ones(2))
@@ -130,7 +141,7 @@ def where_in_tensors() -> tuple[int, ...]|None: # Offset of the pointer in the P
     at = _found(examples, range(object.__basicsize__//8, Tensor.__basicsize__//8), id, memory)
     found = _found(examples, range(2, _MOST), memory, lambda t: keys[id(t)]), _found(stored, range(2, _MOST), memory, storage), _found(stored, range(2, _MOST_OF_STORAGE), storage, Tensor.data_ptr)
     own, _, neg, _, conj, zero = map(keys.get, map(id, examples))
-    if at is None or None in found or len({own, neg, conj, zero}) < 4: return None
+    if at is None or None in found or len({own, neg, conj, zero}) < 4 or not _tell_all(found[0]): return None
     return at, found[0], (neg | conj | zero) & ~own & ~_raw(torch._C._dispatch_keys(torch.ones(2, dtype=torch.complex64))), *found[1:]
 
 # %% ../../nbs/optimizer.looking.ipynb #100bc23b
