@@ -54,8 +54,8 @@ def _items(a_list): return i64_ptr(i64_ptr(a_list + _ITEMS)[0])
 
 def _fill(functions, plain, where, kinds, lists, n_params, n, beside, table, memory, info):
     "Bring `table` and `memory` up to date. Was anything else than before?"
-    describe, clear = functions
-    kinds, lists, words, news = i64_ptr(kinds), _items(lists), where[1]//8 + 1, False
+    (describe, clear), (in_object, keys, forbidden, storage, data, words) = functions, where
+    kinds, lists, news = i64_ptr(kinds), _items(lists), False
     for t in range(n_params):
         at, kept, reason, as_before = table + 8*(3 + 2*n)*t, memory + 8*(_INFO + words*n)*t, OK, True
         row, dtypes, addresses, first = i64_ptr(at), i64_ptr(at + 8*3), i64_ptr(at + 8*(3 + n)), i64_ptr(kept)
@@ -66,10 +66,10 @@ def _fill(functions, plain, where, kinds, lists, n_params, n, beside, table, mem
                 dtypes[k], addresses[k], own[0] = NONE, 0, 0
                 continue
             typ = i64_ptr(obj + _TYPE)[0]
-            tensor = i64_ptr(obj + where[0])[0] if typ == plain[0] or typ == plain[1] else 0
-            if tensor and as_before and _is_as_kept(tensor, where, own): continue
+            tensor = i64_ptr(obj + in_object)[0] if typ == plain[0] or typ == plain[1] else 0
+            if tensor and as_before and _is_as_kept(tensor, words, storage, data, own): continue
             news, as_before, at = True, as_before and k > 0, info if k else kept
-            if tensor and i64_ptr(tensor + where[1])[0] & where[2] == 0 and _call_describe(describe, obj, at) == 0:
+            if tensor and i64_ptr(tensor + keys)[0] & forbidden == 0 and _call_describe(describe, obj, at) == 0:
                 this = i64_ptr(at)
                 reason, dtypes[k] = _compared(this, first, kinds, k, is_beside)
                 addresses[k] = this[0] + this[5]
@@ -77,7 +77,7 @@ def _fill(functions, plain, where, kinds, lists, n_params, n, beside, table, mem
                 _call_clear(clear)
                 reason = UNREADABLE
             if reason != OK: break
-            _keep(tensor, where, this, own)
+            _keep(tensor, words, storage, data, this, own)
         if reason == OK: row[1], row[2] = _size(first[2] & 0xffffffff, i64_ptr(first[3])), first[1]
         else:
             for x in range(1, 3 + 2*n): row[x] = 0
@@ -146,23 +146,23 @@ def where_in_tensors() -> tuple[int, ...]|None: # Offset of the pointer in the P
 
 # %% ../../nbs/optimizer.looking.ipynb #100bc23b
 @_inner
-def _data_of(memory, where): "Where the data of its storage begin"; return i64_ptr(i64_ptr(memory + where[3])[0] + where[4])[0]
+def _data_of(tensor, storage, data): "Where the data of its storage begin"; return i64_ptr(i64_ptr(tensor + storage)[0] + data)[0]
 
 @_inner
-def _is_as_kept(memory, where, kept):
+def _is_as_kept(tensor, words, storage, data, kept):
     "Is the memory of a tensor what it was when the tensor was described?"
-    if kept[0] != memory: return False
-    now, differs = i64_ptr(memory), 0
-    for w in range(2, where[1]//8 + 1): differs |= now[w] ^ kept[w]
-    return differs == 0 and _data_of(memory, where) == kept[1]
+    if kept[0] != tensor: return False
+    now, differs = i64_ptr(tensor), 0
+    for w in range(2, words): differs |= now[w] ^ kept[w]
+    return differs == 0 and _data_of(tensor, storage, data) == kept[1]
 
 @_inner
-def _keep(memory, where, info, kept):
+def _keep(tensor, words, storage, data, info, kept):
     "Keep the memory of a tensor, if all that was described lies in there: two addresses first, and then its words from the third on"
-    now, kept[0] = i64_ptr(memory), 0
-    if not (memory < info[3] < memory + where[1] and memory < info[4] < memory + where[1]): return
-    for w in range(2, where[1]//8 + 1): kept[w] = now[w]
-    kept[0], kept[1] = memory, _data_of(memory, where)
+    now, end, kept[0] = i64_ptr(tensor), tensor + 8*words, 0
+    if not (tensor < info[3] < end and tensor < info[4] < end): return
+    for w in range(2, words): kept[w] = now[w]
+    kept[0], kept[1] = tensor, _data_of(tensor, storage, data)
 
 # %% ../../nbs/optimizer.looking.ipynb #71ab2e1e
 def _describer():
@@ -210,9 +210,10 @@ def compiled_probe():
     describe, py = _describer(), ctypes.pythonapi
     where = where_in_tensors() if describe and objects_are_known() else None
     if not where: return None
-    functions, words = (describe, _address(py.PyErr_Clear)), where[1]//8 + 1
+    functions, words = (describe, _address(py.PyErr_Clear)), where[1]//8 + 1 # up to the keys
+    where = *where, words
     plain, kinds = (id(Tensor), id(nn.Parameter), id(NOTHING)), np.array(list(map(_kind, DTYPES[:NONE])))
-    sig = types.boolean(types.UniTuple(i64, 2), types.UniTuple(i64, 3), types.UniTuple(i64, 5), *[i64]*8)
+    sig = types.boolean(types.UniTuple(i64, 2), types.UniTuple(i64, 3), types.UniTuple(i64, 6), *[i64]*8)
     fill = with_cache(lambda cache: njit(sig, cache=cache, error_model='numpy')(_fill))
     same = with_cache(lambda cache: njit(types.boolean(i64, i64, i64), cache=cache, error_model='numpy')(_same))
     kinds_at = address_of(kinds)
